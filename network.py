@@ -1,0 +1,366 @@
+"""The two networks, their loss, and a generator's file (tutorial §3.4 to §3.7).
+
+    from network import Discriminator, Generator, load_generator, loss
+
+    G = Generator(z_dim=100, image_size=64, width=64)
+    D = Discriminator(image_size=64, width=64)
+    images = G(paddle.randn([16, 100]))      # [16, 3, 64, 64] in [-1, 1]
+    loss(D(images), 1)                       # how far D is from calling them real
+
+    G, info = load_generator("Output/generator.safetensors")
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import warnings
+from pathlib import Path
+
+# Paddle reads these as it loads. It uses one thread unless told otherwise, and on AMD processors
+# its MKL picks the slowest kernels. Measured on 2 AMD cores, batch 128: 19 s an iteration without,
+# 4.9 s with. What the user has set stays.
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+if "AuthenticAMD" in Path("/proc/cpuinfo").read_text():
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+os.environ.setdefault("GLOG_minloglevel", "2")  # or it warns that a CPU has no cuDNN
+with contextlib.redirect_stderr(io.StringIO()):  # it warns of more than one thread, and of ccache
+    import paddle
+
+from dataReader import SIZES, Problem, replacing, say
+from weightInit import bn_initializer, conv_initializer
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from paddle import nn
+from paddle.nn import functional as F
+
+warnings.filterwarnings("ignore", "When training, we now always track global mean")
+
+# -------------------------------------------------------------------------------------------------
+# building blocks (§3.4); N images, C channels, S height and width
+
+
+def conv(channels_in, channels_out):
+    """Convolution that halves the image: `[N, C, S, S]` → `[N, C', S/2, S/2]`.
+
+    Strided, in place of the pooling that §1.2 abolishes.
+    """
+    return nn.Conv2D(channels_in, channels_out, 4, stride=2, padding=1,
+                     weight_attr=conv_initializer, bias_attr=False)
+
+
+def deconv(channels_in, channels_out, stride=2, padding=1):
+    """Transposed convolution that doubles the image: `[N, C, S, S]` → `[N, C', 2S, 2S]`.
+
+    With stride 1 and padding 0 it makes the first 4×4 image of a single pixel.
+    """
+    return nn.Conv2DTranspose(channels_in, channels_out, 4, stride=stride, padding=padding,
+                              weight_attr=conv_initializer, bias_attr=False)
+
+
+def bn(channels):
+    """Batch normalization of `[N, C, S, S]`; running = 0.5·running + 0.5·batch (§3.5, §3.6)."""
+    return nn.BatchNorm2D(channels, momentum=0.5, weight_attr=bn_initializer)
+
+
+def fc(features_in, features_out):
+    """Fully connected layer: `[N, features_in]` → `[N, features_out]`."""
+    return nn.Linear(features_in, features_out, weight_attr=conv_initializer)
+
+
+def conv_bn(channels_in, channels_out):
+    """`conv`, `bn` and LeakyReLU(0.2): the discriminator's block."""
+    return nn.Sequential(conv(channels_in, channels_out), bn(channels_out), nn.LeakyReLU(0.2))
+
+
+def deconv_bn(channels_in, channels_out, stride=2, padding=1):
+    """`deconv`, `bn` and ReLU: the generator's block."""
+    return nn.Sequential(
+        deconv(channels_in, channels_out, stride, padding), bn(channels_out), nn.ReLU())
+
+
+def _channels(image_size, width):
+    """Channels after each halving of the image down to 4×4; 64 and 64 → [64, 128, 256, 512].
+
+    Raises:
+        ValueError: no network is built for `image_size`.
+    """
+    if image_size not in SIZES:
+        raise ValueError(f"image_size is {image_size}, but can be {', '.join(map(str, SIZES))}")
+    return [width * 2**i for i in range(image_size.bit_length() - 3)]
+
+
+# -------------------------------------------------------------------------------------------------
+# the two networks; shapes beside the layers are those of image_size=64, width=64
+
+
+class Discriminator(nn.Layer):
+    """Tells real images from generated ones (§3.5).
+
+    Args:
+        image_size: height and width S of an image: 32, 64 or 128.
+        width: channels after the first convolution.
+
+    Shape:
+        images `[N, 3, S, S]` in [-1, 1] → logits `[N, 2]` for the labels 0 (generated) and
+        1 (real).
+
+    Raises:
+        ValueError: another `image_size`.
+    """
+
+    def __init__(self, image_size=64, width=64):
+        super().__init__()
+        first, *rest = _channels(image_size, width)
+        layers = [conv(3, first), nn.LeakyReLU(0.2)]       # [N, 64, 32, 32]
+        for channels in rest:                              # [N, 128, 16, 16], [N, 256, 8, 8],
+            layers.append(conv_bn(channels // 2, channels))                # [N, 512, 4, 4]
+        layers.append(nn.Flatten())                        # [N, 8192]
+        layers.append(fc(([first] + rest)[-1] * 4 * 4, 2))  # [N, 2]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class Generator(nn.Layer):
+    """Makes images of latent vectors (§3.6).
+
+    Args:
+        z_dim: length of a latent vector.
+        image_size: height and width S of an image: 32, 64 or 128.
+        width: channels before the last transposed convolution.
+
+    Shape:
+        z `[N, z_dim]` or `[N, z_dim, 1, 1]` → images `[N, 3, S, S]` in [-1, 1].
+
+    Raises:
+        ValueError: another `image_size`.
+    """
+
+    def __init__(self, z_dim=100, image_size=64, width=64):
+        super().__init__()
+        self.config = {"z_dim": z_dim, "image_size": image_size, "width": width}
+        first, *rest = reversed(_channels(image_size, width))
+        layers = [deconv_bn(z_dim, first, stride=1, padding=0)]    # [N, 512, 4, 4]
+        for channels in rest:                              # [N, 256, 8, 8], [N, 128, 16, 16],
+            layers.append(deconv_bn(channels * 2, channels))              # [N, 64, 32, 32]
+        layers += [deconv(width, 3), nn.Tanh()]            # [N, 3, 64, 64]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z):
+        return self.layers(z.reshape([z.shape[0], -1, 1, 1]))      # [N, 100, 1, 1]
+
+
+def margin(logits):
+    """Logits `[N, 2]` → `[N]`, the log-odds of real; `sigmoid` of it is D(x)."""
+    return logits[:, 1] - logits[:, 0]
+
+
+def loss(logits, label):
+    """Binary cross-entropy of the predicted probability of real (§3.7).
+
+    The probability is softmax(logits)[:, 1] = sigmoid(margin(logits)); the loss is computed from
+    the margin, so it does not overflow however sure D is.
+
+    Args:
+        logits: `[N, 2]`, from `Discriminator`.
+        label: 1 where the images are to be called real, 0 where generated; a number or `[N]`.
+
+    Returns:
+        0-D tensor, the mean over the batch, in nats.
+    """
+    odds = margin(logits)
+    if isinstance(label, paddle.Tensor):
+        label = label.reshape([-1]).astype(odds.dtype)
+    return F.binary_cross_entropy_with_logits(odds, paddle.ones_like(odds) * label)
+
+
+# -------------------------------------------------------------------------------------------------
+# latent vectors, images, device
+
+
+def latent(key, shape, noise):
+    """Draw latent vectors, the same for the same key on every machine.
+
+    Args:
+        key: list of integers ≥ 0, a seed and a place in the run; there is no other state.
+        shape: of the array, e.g. `[N, z_dim]`.
+        noise: "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
+
+    Returns:
+        float32 numpy array.
+    """
+    rng = np.random.default_rng(key)
+    draw = {"normal": rng.standard_normal, "uniform": rng.random}[noise]
+    return draw(shape, dtype=np.float32)
+
+
+def face_latents(seed, numbers, z_dim, noise):
+    """Latent vectors of faces by number: face k of a seed is the same face in any company.
+
+    Args:
+        seed: integer ≥ 0.
+        numbers: the k of each face, integers ≥ 0.
+        z_dim: length of a latent vector.
+        noise: "normal" or "uniform".
+
+    Returns:
+        float32 array `[len(numbers), z_dim]`.
+    """
+    return np.stack([latent([seed, number], [z_dim], noise) for number in numbers])
+
+
+@paddle.no_grad()
+def draw_faces(generator, z):
+    """Images of latent vectors for people to look at.
+
+    Args:
+        generator: a `Generator`, in eval mode for an image to depend on its own z only.
+        z: float32 array `[N, z_dim]`.
+
+    Returns:
+        uint8 array `[N, 3, S, S]`.
+    """
+    images = generator(paddle.to_tensor(z))
+    return (images * 127.5 + 128).clip(0, 255).astype("uint8").numpy()
+
+
+def use_device(name):
+    """Have Paddle compute on a device.
+
+    Args:
+        name: "gpu", "cpu", or "auto": the GPU if there is one for this Paddle, else the CPU.
+
+    Raises:
+        Problem: no GPU for "gpu"; or a GPU that fails when it is used.
+    """
+    if not paddle.is_compiled_with_cuda():
+        missing = f"Paddle {paddle.__version__} as installed here is the build without GPU"
+    elif paddle.device.cuda.device_count() == 0:
+        missing = "Paddle finds no GPU or no driver"
+    else:
+        missing = None
+    if name == "cpu" or (name == "auto" and missing):
+        if missing and name == "auto":
+            say(f"using the CPU: {missing}")
+        paddle.set_device("cpu")
+        return
+    if missing:
+        raise Problem(f"--device gpu: {missing}; README has a table of what to install")
+    try:
+        paddle.set_device("gpu")
+        F.conv2d(paddle.ones([1, 1, 4, 4]), paddle.ones([1, 1, 4, 4])).numpy()
+    except Exception as error:  # a missing library, a card too new or too old for this Paddle, ...
+        reason = str(error).split("Error Message Summary:")[-1].strip(" -\n").split("\n")[0]
+        raise Problem(
+            f"there is a GPU, but Paddle {paddle.__version__} cannot use it: {reason} Install the"
+            " CUDA and cuDNN it was built for, or the Paddle for your card (README has a table),"
+            " or pass --device cpu") from error
+
+
+# -------------------------------------------------------------------------------------------------
+# files: tensors and the facts that go with them, nothing that could be run
+
+
+def write_tensors(path, tensors, info):
+    """Save arrays and facts as one safetensors file, whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: arrays by name.
+        info: dict that JSON can hold; {"kind": ...} says what the file is.
+
+    Raises:
+        Problem: the file cannot be written.
+    """
+    facts = json.dumps(info, sort_keys=True)
+    # One entry: safetensors writes several in no fixed order.
+    metadata = {"dcgan": json.dumps({"sha256": _sha256(tensors, facts), "info": facts})}
+    with replacing(path) as file:
+        file.write(safetensors.numpy.save(tensors, metadata))
+
+
+def read_tensors(path, kind):
+    """Read a file of `write_tensors`.
+
+    Returns:
+        (tensors, info): arrays by name, and the facts.
+
+    Raises:
+        Problem: it is not there, is not such a file, is of another kind, or is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = json.loads((file.metadata() or {})["dcgan"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            info = json.loads(metadata["info"])
+            if info["kind"] != kind:
+                raise Problem(f"{path} is a {info['kind']}, not a {kind}")
+    except FileNotFoundError as error:
+        raise Problem(f"{path} is not there: `python train.py` makes it") from error
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror or error}") from error
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Problem(f"{path} is not a {kind} that train.py saved, or is damaged") from error
+    if _sha256(tensors, metadata["info"]) != metadata["sha256"]:
+        raise Problem(f"{path} is damaged: its checksum does not match")
+    return tensors, info
+
+
+def _sha256(tensors, facts):
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]))
+    return digest.hexdigest()
+
+
+def load_state(layer, tensors, path):
+    """Set a network's weights and BN statistics from arrays.
+
+    Raises:
+        Problem: a name is missing or too many, or a shape differs; `path` is named.
+    """
+    state = layer.state_dict()
+    if ({name: list(value.shape) for name, value in state.items()}
+            != {name: list(value.shape) for name, value in tensors.items()}):
+        raise Problem(f"{path} holds weights of another network")
+    layer.set_state_dict({name: paddle.to_tensor(value) for name, value in tensors.items()})
+
+
+def save_generator(path, generator, noise, step):
+    """Save all that sampling needs: weights, BN statistics, z_dim, image_size, width, noise, step.
+
+    Args:
+        path: of the file, e.g. `generator.safetensors`.
+        generator: a `Generator`.
+        noise: "normal" or "uniform", what it was trained on.
+        step: iterations it was trained for.
+    """
+    tensors = {name: value.numpy() for name, value in generator.state_dict().items()}
+    write_tensors(path, tensors,
+                  {"kind": "generator", **generator.config, "noise": noise, "step": step})
+
+
+def load_generator(path):
+    """Rebuild a generator from its file alone.
+
+    Returns:
+        (generator, info): a `Generator` in eval mode, and a dict of z_dim, image_size, width,
+        noise, step.
+
+    Raises:
+        Problem: the file is missing, foreign or damaged.
+    """
+    tensors, info = read_tensors(path, "generator")
+    try:
+        generator = Generator(info["z_dim"], info["image_size"], info["width"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Problem(f"{path} holds weights of another network") from error
+    load_state(generator, tensors, path)
+    generator.eval()
+    return generator, info

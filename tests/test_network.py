@@ -1,0 +1,196 @@
+"""network.py and weightInit.py: the shapes, weights, loss and files that the tutorial describes."""
+
+import json
+
+from dataReader import Problem
+from network import (
+    Discriminator,
+    Generator,
+    draw_faces,
+    face_latents,
+    latent,
+    load_generator,
+    loss,
+    margin,
+    read_tensors,
+    save_generator,
+    use_device,
+    write_tensors,
+)
+
+import numpy as np
+import paddle
+import pytest
+import safetensors.numpy
+
+
+def layer_shapes(net, kinds):
+    return [layer.weight.shape for layer in net.sublayers() if isinstance(layer, kinds)]
+
+
+def test_layers_are_those_of_the_text():
+    convs = paddle.nn.Conv2D, paddle.nn.Linear
+    assert layer_shapes(Discriminator(), convs) == [
+        [64, 3, 4, 4], [128, 64, 4, 4], [256, 128, 4, 4], [512, 256, 4, 4], [8192, 2]]
+    assert layer_shapes(Generator(), paddle.nn.Conv2DTranspose) == [
+        [100, 512, 4, 4], [512, 256, 4, 4], [256, 128, 4, 4], [128, 64, 4, 4], [64, 3, 4, 4]]
+    for net, count in (Discriminator(), 3), (Generator(), 4):
+        norms = [layer for layer in net.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)]
+        assert len(norms) == count
+    assert not any("Pool" in type(layer).__name__ for layer in Discriminator().sublayers())
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_shapes_and_range(size):
+    G, D = Generator(7, size, 8), Discriminator(size, 8)
+    images = G(paddle.randn([3, 7]))
+    assert images.shape == [3, 3, size, size]
+    assert float(images.min()) >= -1
+    assert float(images.max()) <= 1
+    assert D(images).shape == [3, 2]
+    z = paddle.randn([3, 7])
+    G.eval()
+    np.testing.assert_array_equal(G(z).numpy(), G(z.reshape([3, 7, 1, 1])).numpy())
+
+
+@pytest.mark.parametrize("build", [Discriminator, Generator])
+def test_other_sizes_are_refused(build):
+    with pytest.raises(ValueError, match="48.*32, 64, 128"):
+        build(image_size=48)
+
+
+def test_weights_start_normal():
+    for net in Discriminator(), Generator():
+        for name, value in net.named_parameters():
+            if value.stop_gradient:
+                continue  # a running statistic
+            value = value.numpy()
+            if value.ndim > 1:
+                assert abs(value.mean()) < 0.0005, name
+                assert value.std() == pytest.approx(0.02, rel=0.05), name
+            elif name.endswith("weight"):
+                assert value.mean() == pytest.approx(1, abs=0.01), name
+                assert value.std() == pytest.approx(0.02, rel=0.3), name
+            else:
+                assert (value == 0).all(), name
+
+
+def test_running_statistics_take_half_of_each_batch():
+    norm = next(layer for layer in Generator(width=8).sublayers()
+                if isinstance(layer, paddle.nn.BatchNorm2D))
+    for _ in range(2):
+        norm(paddle.full([2, 64, 4, 4], 4.0))
+    np.testing.assert_allclose(norm._mean.numpy(), 0.5 * (0.5 * 0 + 0.5 * 4) + 0.5 * 4)
+
+
+def test_loss_is_bce_of_the_probability_of_real():
+    logits = paddle.to_tensor([[0.3, -1.2], [2.0, 0.5], [-0.7, 1.9]])
+    real = paddle.nn.functional.softmax(logits)[:, 1].numpy()
+    np.testing.assert_allclose(float(loss(logits, 1)), -np.log(real).mean(), rtol=1e-6)
+    np.testing.assert_allclose(float(loss(logits, 0)), -np.log(1 - real).mean(), rtol=1e-6)
+    labels = paddle.to_tensor([1, 0, 1])
+    expected = -(np.log(real[0]) + np.log(1 - real[1]) + np.log(real[2])) / 3
+    np.testing.assert_allclose(float(loss(logits, labels)), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        float(loss(logits, labels)),
+        float(paddle.nn.functional.cross_entropy(logits, labels)), rtol=1e-6)
+    np.testing.assert_allclose(
+        paddle.nn.functional.sigmoid(margin(logits)).numpy(), real, rtol=1e-6)
+
+
+def test_loss_does_not_overflow():
+    logits = paddle.to_tensor([[500.0, -500.0]])
+    logits.stop_gradient = False
+    value = loss(logits, 1)
+    assert float(value) == 1000
+    value.backward()
+    np.testing.assert_allclose(logits.grad.numpy(), [[1, -1]])
+
+
+def test_latents_depend_on_their_key_alone():
+    normal = latent([0, 5, 0, 1], [1000, 100], "normal")
+    assert normal.dtype == np.float32
+    np.testing.assert_array_equal(normal, latent([0, 5, 0, 1], [1000, 100], "normal"))
+    assert abs(normal.mean()) < 0.02
+    assert normal.std() == pytest.approx(1, abs=0.02)
+    assert (normal[0] != latent([0, 6, 0, 1], [1, 100], "normal")).any()
+    uniform = latent([0, 5], [1000, 100], "uniform")
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert uniform.mean() == pytest.approx(0.5, abs=0.01)
+    np.testing.assert_array_equal(
+        face_latents(3, range(10), 100, "normal")[7], face_latents(3, [7], 100, "normal")[0])
+
+
+def test_faces_use_the_whole_range_of_levels():
+    z = np.zeros([2, 1], np.float32)
+    levels = {-1.0: 0, -0.5: 64, 0.0: 128, 0.5: 191, 1.0: 255}
+    for value, level in levels.items():
+        faces = draw_faces(lambda z, value=value: paddle.full([2, 3, 8, 8], value), z)
+        assert faces.dtype == np.uint8
+        assert (faces == level).all()
+    every = np.arange(256, dtype=np.float32).reshape(1, 1, 16, 16)
+    faces = draw_faces(lambda z: paddle.to_tensor(every / 127.5 - 1), z)
+    np.testing.assert_array_equal(faces, every)  # real images survive the way there and back
+
+
+def test_generator_comes_back_from_its_file_alone(tmp_path):
+    G = Generator(7, 32, 8)
+    for _ in range(3):
+        G(paddle.randn([8, 7]))  # moves the running statistics
+    save_generator(tmp_path / "g", G, "uniform", 12)
+    again, info = load_generator(tmp_path / "g")
+    assert info == {"kind": "generator", "z_dim": 7, "image_size": 32, "width": 8,
+                    "noise": "uniform", "step": 12}
+    assert not again.training
+    G.eval()
+    z = paddle.randn([4, 7])
+    np.testing.assert_array_equal(G(z).numpy(), again(z).numpy())
+    save_generator(tmp_path / "h", again, "uniform", 12)
+    assert (tmp_path / "g").read_bytes() == (tmp_path / "h").read_bytes()
+
+
+def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
+    def message(data):
+        (tmp_path / "file").write_bytes(data)
+        with pytest.raises(Problem) as error:
+            load_generator(tmp_path / "file")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    save_generator(tmp_path / "g", Generator(7, 32, 8), "normal", 12)
+    good = (tmp_path / "g").read_bytes()
+    for data in b"", b"text", good[:-1], good[:100], good + b"x":
+        assert "is not a generator that train.py saved, or is damaged" in message(data)
+    assert "damaged" in message(good[:-1] + bytes([good[-1] ^ 1]))
+    foreign = safetensors.numpy.save({"weight": np.zeros(3, np.float32)}, {"format": "pt"})
+    assert "is not a generator" in message(foreign)
+    write_tensors(tmp_path / "c", {"weight": np.zeros(3, np.float32)}, {"kind": "checkpoint"})
+    assert "is a checkpoint, not a generator" in message((tmp_path / "c").read_bytes())
+    tensors, info = read_tensors(tmp_path / "g", "generator")
+    for change in {"width": 16}, {"z_dim": 8}, {"z_dim": "many"}, {"image_size": 48}:
+        write_tensors(tmp_path / "other", tensors, {**info, **change})
+        assert "another network" in message((tmp_path / "other").read_bytes())
+    assert json.dumps(info) == json.dumps(read_tensors(tmp_path / "g", "generator")[1])
+
+
+def test_gpu_that_is_not_there_or_not_usable(monkeypatch, capsys):
+    use_device("auto")
+    assert "using the CPU" in capsys.readouterr().err
+    assert paddle.device.get_device() == "cpu"
+    use_device("cpu")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(Problem, match="--device gpu"):
+        use_device("gpu")
+
+    def fail(device):
+        raise RuntimeError(
+            "(PreconditionNotMet) Cannot load cudnn shared library.\n  [Hint: ...]")
+
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(paddle, "set_device", fail)
+    for name in "auto", "gpu":
+        with pytest.raises(Problem, match="Cannot load cudnn shared library.*cuDNN") as error:
+            use_device(name)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,226 @@
+"""pretreat.py: photos become correct upright RGB crops, and no bad file stops the others."""
+
+import zipfile
+
+from pretreat import crop_face
+
+import numpy as np
+import pytest
+from conftest import complaint, photo, run
+from PIL import Image
+
+
+def crops(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+
+def reference(image):
+    """The tutorial's crop, by PIL."""
+    return np.asarray(image.resize((64, 78), Image.Resampling.BILINEAR).crop((0, 10, 64, 74)))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "img_align_celeba"
+    folder.mkdir()
+    for number in range(4):
+        photo(mark=60 * number).save(folder / f"{number:06d}.jpg", quality=95)
+    return folder
+
+
+def test_crop_is_pixel_exact_and_lossless(tmp_path, photos):
+    printed = run(tmp_path, "pretreat.py")
+    assert "imgs: 4 written, 0 already there, 0 skipped" in printed
+    made = crops(tmp_path / "imgs")
+    assert sorted(made) == [f"{number:06d}.png" for number in range(4)]
+    for name, pixels in made.items():
+        source = Image.open(photos / name.replace("png", "jpg"))
+        np.testing.assert_array_equal(pixels, reference(source))
+
+
+def test_zip_is_read_in_place_and_found_by_default(tmp_path, photos):
+    run(tmp_path, "pretreat.py", "--output", "from_folder")
+    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in photos.iterdir():
+            archive.write(path, f"img_align_celeba/{path.name}")
+        archive.writestr("__MACOSX/img_align_celeba/._000000.jpg", b"finder")
+    for path in photos.iterdir():
+        path.unlink()
+    photos.rmdir()
+    assert "4 written, 0 already there, 0 skipped" in run(tmp_path, "pretreat.py")
+    assert not photos.exists()
+    expected = crops(tmp_path / "from_folder")
+    for name, pixels in crops(tmp_path / "imgs").items():
+        np.testing.assert_array_equal(pixels, expected.pop(name))
+    assert not expected
+
+
+def test_second_run_continues(tmp_path, photos):
+    run(tmp_path, "pretreat.py")
+    before = crops(tmp_path / "imgs")
+    (tmp_path / "imgs" / "000002.png").unlink()
+    photo().save(photos / "new.png")
+    assert "2 written, 3 already there, 0 skipped" in run(tmp_path, "pretreat.py")
+    after = crops(tmp_path / "imgs")
+    assert after.pop("new.png").shape == (64, 64, 3)
+    assert after.keys() == before.keys()
+    np.testing.assert_array_equal(after["000002.png"], before["000002.png"])
+
+
+@pytest.mark.parametrize(
+    "size", [(178, 218), (300, 200), (200, 300), (500, 500), (64, 64), (20, 30)])
+@pytest.mark.parametrize("image_size", [32, 64, 128])
+def test_box_lies_inside_photos_of_any_shape(size, image_size):
+    image = photo(*size)
+    pixels = np.asarray(crop_face(image, image_size)).astype(int)
+    assert pixels.shape == (image_size, image_size, 3)
+    # The photo's red grows down and its green to the right: a crop that reached outside would be
+    # black there; a transposed or turned one would grow the wrong way.
+    assert (pixels[-1, :, 0] > pixels[0, :, 0] + 60).all()
+    assert (pixels[:, -1, 1] > pixels[:, 0, 1] + 60).all()
+    # centred across the width
+    assert abs(pixels[:, 0, 1] + pixels[:, -1, 1] - 255).max() <= 16
+
+
+def save_cmyk(path):
+    photo().convert("CMYK").save(path, quality=95)
+
+
+def save_grey16(path):
+    levels = np.asarray(photo().convert("L")).astype(np.uint16) * 257
+    Image.fromarray(levels).save(path)
+
+
+def save_palette(path):
+    photo().convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(path)
+
+
+def save_rgba(path):
+    image = photo().convert("RGBA")
+    alpha = np.full((218, 178), 255, np.uint8)
+    alpha[:, :89] = 0
+    image.putalpha(Image.fromarray(alpha))
+    image.save(path)
+
+
+def save_exif(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn 90° clockwise to see it right
+    photo().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+
+
+def white_left(pixels):
+    pixels = pixels.copy()
+    pixels[:, :32] = 255
+    return pixels
+
+
+def grey(pixels):
+    return np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
+
+
+@pytest.mark.parametrize(("name", "save", "expected"), [
+    ("grey.png", lambda path: photo().convert("L").save(path), grey),
+    ("grey16.png", save_grey16, grey),
+    ("palette.png", save_palette, None),
+    ("rgba.png", save_rgba, white_left),
+    ("cmyk.jpg", save_cmyk, None),
+    ("exif.jpg", save_exif, None),
+    ("photo.webp", lambda path: photo().save(path, quality=95), None),
+])
+def test_every_kind_of_image_becomes_upright_rgb(tmp_path, name, save, expected):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / name)
+    run(tmp_path, "pretreat.py", "--input", "in")
+    [pixels] = crops(tmp_path / "imgs").values()
+    wanted = reference(photo())
+    wanted = wanted if expected is None else expected(wanted)
+    difference = abs(pixels.astype(int) - wanted)
+    if name == "rgba.png":
+        difference[:, 30:34] = 0  # the edge of the transparent half is blended
+    assert difference.max() <= 14, name  # lossy formats and palettes
+    assert difference.mean() <= 3
+
+
+def test_bad_files_are_named_and_left_out(tmp_path, photos):
+    whole = (photos / "000001.jpg").read_bytes()
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "text.jpg").write_text("not a photo")
+    (photos / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    photo().save(photos / "cut2.png")
+    (photos / "cut2.png").write_bytes((photos / "cut2.png").read_bytes()[:-500])
+    (photos / ".hidden").write_text("not looked at")
+    printed = run(tmp_path, "pretreat.py")
+    assert "imgs: 4 written, 0 already there, 4 skipped" in printed
+    assert "skipped empty.jpg: empty or not an image" in printed
+    assert "skipped text.jpg: empty or not an image" in printed
+    assert "skipped cut.jpg: damaged (image file is truncated" in printed
+    assert "skipped cut2.png: damaged" in printed
+    assert "hidden" not in printed
+    assert len(crops(tmp_path / "imgs")) == 4
+
+
+def test_damage_inside_a_zip_is_named_and_left_out(tmp_path, photos):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for item in photos.iterdir():
+            archive.write(item, item.name)
+        info = archive.getinfo("000003.jpg")
+    damaged = bytearray(path.read_bytes())
+    damaged[info.header_offset + 2000] ^= 255
+    path.write_bytes(damaged)
+    printed = run(tmp_path, "pretreat.py", "--input", path)
+    assert "imgs: 3 written, 0 already there, 1 skipped" in printed
+    assert "skipped 000003.jpg: damaged (Bad CRC-32" in printed
+
+
+def test_photos_of_one_name_all_survive(tmp_path):
+    for mark, name in enumerate(["a/1.jpg", "b/1.jpg", "b/1.png", "b/2.jpg"], 1):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(mark=60 * mark).save(path)
+    run(tmp_path, "pretreat.py", "--input", "in")
+    made = crops(tmp_path / "imgs")
+    assert sorted(round(pixels[:, :, 2].mean() / 60) for pixels in made.values()) == [1, 2, 3, 4]
+    assert "2.png" in made
+    assert "0 written, 4 already there" in run(tmp_path, "pretreat.py", "--input", "in")
+
+
+def test_what_cannot_be_used_is_one_clear_line(tmp_path, photos):
+    assert "--demo" in complaint(tmp_path, "pretreat.py", "--input", "nowhere")
+    (tmp_path / "no.zip").write_text("not a zip")
+    assert "zip" in complaint(tmp_path, "pretreat.py", "--input", "no.zip")
+    (tmp_path / "file").write_text("not a folder")
+    assert "file" in complaint(tmp_path, "pretreat.py", "--output", "file")
+    assert "lies in" in complaint(tmp_path, "pretreat.py", "--input", ".")
+    assert "48" in complaint(tmp_path, "pretreat.py", "--image_size", 48, status=2)
+    assert "threads" in complaint(tmp_path, "pretreat.py", "--threads", 0, status=2)
+    run(tmp_path, "pretreat.py")
+    assert "64×64" in complaint(tmp_path, "pretreat.py", "--image_size", 32)
+    assert {pixels.shape for pixels in crops(tmp_path / "imgs").values()} == {(64, 64, 3)}
+
+
+def test_no_photo_at_all_is_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("not a photo")
+    printed = run(tmp_path, "pretreat.py", "--input", "in", status=1)
+    assert "pretreat.py: none of the files is a photo" in printed
+
+
+def test_crops_of_other_photos_in_the_output_are_pointed_out(tmp_path, photos):
+    run(tmp_path, "pretreat.py")
+    for path in list(photos.iterdir())[:3]:
+        path.unlink()
+    assert "imgs also holds 3 images" in run(tmp_path, "pretreat.py")
+
+
+def test_demo_photos_are_celeba_shaped_and_varied(demo):
+    made = sorted((demo / "demo_faces").glob("*.jpg"))
+    assert len(made) == len(list((demo / "imgs").glob("*.png"))) == 2000
+    assert {Image.open(path).size for path in made[:50]} == {(178, 218)}
+    same_face = np.stack([np.asarray(Image.open(demo / "imgs" / f"{number:04d}.png"), float)
+                          for number in range(3, 2000, 100)])
+    difference = abs(same_face[:, None] - same_face).mean((2, 3, 4))
+    assert np.median(difference) > 8  # grey levels, between two variants of one face
+    assert same_face.std() > 30
+    assert "0 written, 2000 already there" in run(demo, "pretreat.py", "--demo")

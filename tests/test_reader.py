@@ -1,0 +1,191 @@
+"""dataReader.py: every image once an epoch, in an order that can be reached anywhere at once."""
+
+import shutil
+
+from dataReader import FaceReader, Problem, grid, replacing
+
+import numpy as np
+import pytest
+from conftest import complaint, photo, run, start
+from PIL import Image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten 16×16 images; the blue of image k is 20·k."""
+    (tmp_path / "imgs" / "more").mkdir(parents=True)
+    for number in range(10):
+        photo(16, 16, 20 * number).save(
+            tmp_path / "imgs" / ("more" if number > 6 else "") / f"{number}.png")
+    return tmp_path / "imgs"
+
+
+def marks(batches):
+    """Which images the batches hold, by their blue."""
+    return [int(image[2, 0, 0]) // 20 for batch in batches for image in batch]
+
+
+def test_batches_are_the_images(folder):
+    reader = FaceReader(folder, 16, 5, seed=0)
+    [first, second] = reader.epoch(1)
+    assert first.shape == (5, 3, 16, 16)
+    assert first.dtype == np.uint8
+    for image in [*first, *second]:
+        mark = int(image[2, 0, 0])
+        np.testing.assert_array_equal(
+            image.transpose(1, 2, 0), np.asarray(photo(16, 16, mark)))
+
+
+def test_every_epoch_shows_every_image_once_in_its_own_order(folder):
+    reader = FaceReader(folder, 16, 2, seed=0)
+    orders = [marks(reader.epoch(epoch)) for epoch in (1, 2, 3)]
+    assert [sorted(order) for order in orders] == [list(range(10))] * 3
+    assert orders[0] != orders[1] != orders[2]
+    assert marks(reader.epoch(2)) == orders[1]
+    assert marks(FaceReader(folder, 16, 2, seed=1).epoch(1)) != orders[0]
+
+
+def test_any_batch_can_be_reached_at_once(folder):
+    reader = FaceReader(folder, 16, 2, seed=0)
+    assert marks(reader.epoch(4, start=3)) == marks(reader.epoch(4))[6:]
+    assert list(reader.epoch(4, start=5)) == []
+
+
+def test_last_partial_batch_is_dropped(folder):
+    reader = FaceReader(folder, 16, 4, seed=0)
+    assert len(reader) == 2
+    assert len(list(reader.epoch(1))) == 2
+
+
+def test_ranks_share_an_epoch_without_overlap(folder):
+    whole = marks(FaceReader(folder, 16, 1, seed=0).epoch(1))
+    shares = [marks(FaceReader(folder, 16, 1, seed=0, rank=rank, world_size=3).epoch(1))
+              for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3]
+    assert [mark for step in zip(*shares, strict=True) for mark in step] == whole[:9]
+
+
+def test_packed_file_is_used_again_and_noticed_when_stale(folder):
+    def packs():
+        return {path.name: path.stat().st_ino for path in folder.glob(".faces-*")}
+
+    FaceReader(folder, 16, 5, seed=0)
+    first = packs()
+    FaceReader(folder, 16, 2, seed=1)
+    assert packs() == first
+    FaceReader(folder, 8, 2, seed=1)  # another size has a file of its own
+    assert len(packs()) == 2
+    assert first.items() <= packs().items()
+
+    photo(16, 16, 200).save(folder / "3.png")  # changed
+    assert sorted(marks(FaceReader(folder, 16, 10, seed=0).epoch(1))) == [
+        0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert len(packs()) == 2
+    (folder / "3.png").unlink()  # removed
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 9
+    shutil.copy(folder / "4.png", folder / "44.png")  # added
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 10
+
+
+def test_images_of_any_size_are_resized_without_squashing(tmp_path):
+    (tmp_path / "imgs").mkdir()
+    # A white disc on black, in a wide photo and a tall one.
+    for name, (width, height) in {"wide": (300, 200), "tall": (150, 400)}.items():
+        y, x = np.mgrid[:height, :width]
+        radius = min(width, height) * 0.4
+        disc = (y - height / 2) ** 2 + (x - width / 2) ** 2 < radius**2
+        Image.fromarray(np.where(disc, 255, 0).astype(np.uint8)).save(
+            tmp_path / "imgs" / f"{name}.png")
+    [batch] = FaceReader(tmp_path / "imgs", 32, 2, seed=0).epoch(1)
+    for image in batch:
+        lit = image[0] > 127
+        assert abs(lit.any(0).sum() - 0.8 * 32) <= 1.5
+        assert abs(lit.any(1).sum() - 0.8 * 32) <= 1.5
+        assert ((image > 20) & (image < 235)).any()  # anti-aliased at the edge
+
+
+def test_images_that_cannot_be_decoded_are_named_and_left_out(tmp_path, folder):
+    (folder / "bad.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("not an image")
+    printed = run(tmp_path, "dataReader.py")
+    assert "skipped imgs/bad.png: damaged" in printed
+    assert "skipped imgs/notes.txt: empty or not an image" in printed
+    assert "10 of 10 images" in printed
+
+
+@pytest.mark.parametrize("number", [0, 1, 50])
+def test_too_few_images_are_counted_in_one_line(tmp_path, number):
+    (tmp_path / "imgs").mkdir()
+    for k in range(number):
+        photo(64, 64, k).save(tmp_path / "imgs" / f"{k}.png")
+    with pytest.raises(Problem) as error:
+        FaceReader(tmp_path / "imgs", 64, 128, seed=0)
+    message = str(error.value)
+    assert "\n" not in message
+    if number:
+        assert f"{number} images" in message
+        assert "128" in message
+        assert f"--batch_size {number}" in message
+    else:
+        assert "--demo" in message
+    assert not list((tmp_path / "imgs").glob(".*.tmp"))
+
+
+def test_grid_is_near_square_upright_and_in_order():
+    images = np.stack([np.asarray(photo(8, 8, 20 * k)).transpose(2, 0, 1) for k in range(7)])
+    picture = grid(images)
+    assert picture.shape == (3 * 10 + 2, 3 * 10 + 2, 3)
+    for k in range(7):
+        top, left = 2 + 10 * (k // 3), 2 + 10 * (k % 3)
+        np.testing.assert_array_equal(
+            picture[top:top + 8, left:left + 8], np.asarray(photo(8, 8, 20 * k)))
+    assert (picture[-10:, 12:] == 255).all()  # the missing cells
+
+
+def test_training_grid_shows_the_images(tmp_path, demo):
+    (tmp_path / "imgs").symlink_to(demo / "imgs")
+    run(tmp_path, "dataReader.py")
+    picture = np.asarray(Image.open(tmp_path / "Output" / "training_images.png"))
+    assert picture.shape == (662, 662, 3)
+    known = {np.asarray(Image.open(path)).tobytes() for path in (demo / "imgs").glob("*.png")}
+    cells = {picture[top:top + 64, left:left + 64].tobytes()
+             for top in range(2, 662, 66) for left in range(2, 662, 66)}
+    assert len(cells) == 100
+    assert cells <= known
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old"
+    with replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_processes_may_pack_at_once(tmp_path, demo):
+    (tmp_path / "imgs").mkdir()
+    for path in list((demo / "imgs").glob("*.png"))[:500]:
+        shutil.copy(path, tmp_path / "imgs")
+    processes = [start(tmp_path, "dataReader.py", "--output_path", f"Output{k}") for k in (1, 2)]
+    for process in processes:
+        assert "100 of 500 images" in process.communicate(timeout=60)[0]
+    assert (Image.open(tmp_path / "Output1" / "training_images.png").tobytes()
+            == Image.open(tmp_path / "Output2" / "training_images.png").tobytes())
+    assert [path.suffix for path in (tmp_path / "imgs").glob(".*")] == [".uint8"]
+
+
+def test_missing_folder_is_one_line_that_says_how_to_get_data(tmp_path):
+    line = complaint(tmp_path, "dataReader.py")
+    assert "imgs is not a folder" in line
+    assert "python pretreat.py --demo" in line

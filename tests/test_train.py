@@ -1,0 +1,207 @@
+"""train.py: the algorithm of §4, and the files a run leaves behind."""
+
+import csv
+import re
+from types import SimpleNamespace
+
+from dataReader import FaceReader
+from network import Discriminator, Generator, latent, loss
+from train import d_step, g_step, iterate
+
+import numpy as np
+import paddle
+import pytest
+from conftest import TINY, complaint, photo, run
+from PIL import Image
+
+
+@pytest.fixture
+def nets():
+    paddle.seed(1)
+    G, D = Generator(5, 32, 4), Discriminator(32, 4)
+    d_optimizer, g_optimizer = (
+        paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=net.parameters()) for net in (D, G))
+    return G, D, d_optimizer, g_optimizer
+
+
+def weights(net):
+    return [value.numpy().copy() for value in net.parameters() if not value.stop_gradient]
+
+
+def changed(before, net):
+    return [bool((old != new).any()) for old, new in zip(before, weights(net), strict=True)]
+
+
+def test_d_step_teaches_d_and_leaves_g(nets):
+    G, D, optimizer, _ = nets
+    real, z = paddle.rand([8, 3, 32, 32]) * 2 - 1, paddle.randn([8, 5])
+    g_before, d_before = weights(G), weights(D)
+    first = [float(value) for value in d_step(D, G, optimizer, real, z)]
+    assert not any(changed(g_before, G))
+    assert all(changed(d_before, D))
+    for _ in range(20):
+        last = [float(value) for value in d_step(D, G, optimizer, real, z)]
+    assert last[0] < first[0]
+    assert last[1] > 0.8  # D(x)
+    assert last[2] < 0.2  # D(G(z))
+
+
+def test_d_loss_is_the_sum_of_both(nets):
+    G, D, optimizer, _ = nets
+    real, z = paddle.rand([8, 3, 32, 32]) * 2 - 1, paddle.randn([8, 5])
+    expected = float(loss(D(real), 1) + loss(D(G(z)), 0))
+    assert float(d_step(D, G, optimizer, real, z)[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_g_step_teaches_g_and_leaves_d(nets):
+    G, D, _, optimizer = nets
+    z = paddle.randn([8, 5])
+    g_before, d_before = weights(G), weights(D)
+    first = float(g_step(D, G, optimizer, z))
+    assert all(changed(g_before, G))
+    assert not any(changed(d_before, D))
+    assert all(value.grad is None for value in D.parameters())
+    assert len(weights(D)) == len(d_before)  # D can be taught again
+    for _ in range(20):
+        last = float(g_step(D, G, optimizer, z))
+    assert last < first
+
+
+def test_one_iteration_is_one_d_step_and_two_g_steps(nets, monkeypatch):
+    calls = []
+    for optimizer, name in zip(nets[2:], "DG", strict=True):
+        step = optimizer.step
+        monkeypatch.setattr(
+            optimizer, "step", lambda step=step, name=name: (calls.append(name), step()))
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    options = SimpleNamespace(seed=3, z_dim=5, noise="normal", d_steps=1, g_steps=2)
+    values = iterate(nets[1], nets[0], *nets[2:], images, options, 7)
+    assert calls == ["D", "G", "G"]
+    assert values.shape == [4]
+    options.d_steps, options.g_steps = 3, 1
+    iterate(nets[1], nets[0], *nets[2:], images, options, 8)
+    assert calls[3:] == ["D", "D", "D", "G"]
+
+
+def test_images_are_scaled_to_the_range_of_tanh(nets, monkeypatch):
+    seen = []
+    monkeypatch.setattr("train.d_step", lambda D, G, optimizer, real, z: (
+        seen.append((real.numpy(), z.numpy())), *paddle.zeros([3]))[1:])
+    images = np.zeros([2, 3, 32, 32], np.uint8)
+    images[1] = 255
+    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=1)
+    iterate(nets[1], nets[0], *nets[2:], images, options, 7)
+    [(real, z)] = seen
+    assert real.dtype == np.float32
+    assert (real[0] == -1).all()
+    assert (real[1] == 1).all()
+    np.testing.assert_array_equal(z, latent([3, 7, 0, 0], [2, 5], "uniform"))
+
+
+def table(folder):
+    with open(folder / "Output" / "losses.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_leaves_what_the_docstring_lists(trained):
+    output = trained / "Output"
+    assert sorted(path.name for path in output.iterdir()) == [
+        "0001_0004.png", "0001_0006.png", "0002_0002.png", "0002_0006.png",
+        "generator.safetensors", "losses.csv", "losses.png", "real_vs_fake.png"]
+    rows = table(trained)
+    assert list(rows[0]) == ["step", "epoch", "batch", "d_loss", "g_loss"]
+    assert [(int(row["step"]), int(row["epoch"]), int(row["batch"])) for row in rows] == [
+        (6 * epoch + batch, epoch + 1, batch) for epoch in (0, 1) for batch in range(1, 7)]
+    assert all(np.isfinite([float(row["d_loss"]), float(row["g_loss"])]).all() for row in rows)
+    for path in output.glob("0*.png"):
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (662, 662, 3)
+        assert len(np.unique(pixels)) > 20
+
+
+def test_losses_are_those_of_the_algorithm(trained):
+    """The csv of the run, against the algorithm written out once more."""
+    paddle.seed(0)
+    G, D = Generator(100, 64, 8), Discriminator(64, 8)
+    d_optimizer, g_optimizer = (
+        paddle.optimizer.Adam(0.0002, 0.5, 0.999, parameters=net.parameters()) for net in (D, G))
+    reader = FaceReader(trained / "imgs", 64, 16, seed=0)
+    rows = table(trained)
+    step = 0
+    for epoch in 1, 2:
+        for images in reader.epoch(epoch):
+            step += 1
+            z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal")) for k in range(3)]
+            d_loss = loss(D(paddle.to_tensor(images / np.float32(127.5) - 1)), 1) + loss(
+                D(G(z[0]).detach()), 0)
+            d_loss.backward()
+            d_optimizer.step()
+            d_optimizer.clear_grad()
+            for k in 1, 2:
+                g_loss = loss(D(G(z[k])), 1)
+                g_loss.backward()
+                g_optimizer.step()
+                d_optimizer.clear_grad()
+                g_optimizer.clear_grad()
+            assert float(rows[step - 1]["d_loss"]) == pytest.approx(float(d_loss), rel=0.02)
+            assert float(rows[step - 1]["g_loss"]) == pytest.approx(float(g_loss), rel=0.02)
+
+
+def test_last_epoch_is_saved(trained):
+    printed = run(trained, "generator.py", "--count", 1)
+    assert "trained for 12 iterations" in printed
+
+
+def test_same_seed_same_run_and_other_seed_another(trained, tmp_path):
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    flags = ["--epochs", 2, *TINY]
+    run(tmp_path, "train.py", *flags)
+    assert ((tmp_path / "Output" / "generator.safetensors").read_bytes()
+            == (trained / "Output" / "generator.safetensors").read_bytes())
+    assert table(tmp_path) == table(trained)
+    run(tmp_path, "train.py", "--epochs", 1, *TINY, "--seed", 1)
+    assert table(tmp_path) != table(trained)[:6]
+
+
+def test_settings_in_the_file_and_flags_do_the_same(tmp_path):
+    printed = run(tmp_path, "train.py", "--help")
+    for name, value in {
+            "learning_rate": 0.0002, "image_size": 64, "epochs": 8, "batch_size": 128,
+            "z_dim": 100, "beta1": 0.5, "beta2": 0.999, "d_steps": 1, "g_steps": 2}.items():
+        assert re.search(rf"--{name} \w+\s.*?\(default:\s+{value}\)", printed, re.DOTALL), name
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--image_size", 48], ["image_size", "48", "32, 64, 128"]),
+    (["--batch_size", 0], ["batch_size", "0", "at least 1"]),
+    (["--noise", "gaussian"], ["noise", "gaussian", "normal, uniform"]),
+    (["--learning_rate", "nan"], ["learning_rate", "nan"]),
+    (["--epochs", "many"], ["epochs", "many"]),
+    (["--no_such_flag", 1], ["no_such_flag"]),
+])
+def test_bad_flags_are_one_line_and_status_2(tmp_path, flags, words):
+    line = complaint(tmp_path, "train.py", *flags, status=2)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_says_how_to_get_it(tmp_path):
+    line = complaint(tmp_path, "train.py", "--device", "cpu")
+    assert "imgs" in line
+    assert "celeba" in line.lower()
+    assert "python pretreat.py --demo" in line
+    (tmp_path / "imgs").mkdir()
+    for number in range(50):
+        photo(64, 64, number).save(tmp_path / "imgs" / f"{number}.png")
+    line = complaint(tmp_path, "train.py", "--device", "cpu")
+    assert "50 images" in line
+    assert "128" in line
+    assert "--batch_size 50" in line
+    assert not (tmp_path / "Output").exists()
+
+
+def test_what_cannot_be_written_or_used_is_one_line(trained, tmp_path):
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    (tmp_path / "Output").write_text("a file")
+    assert "Output" in complaint(tmp_path, "train.py", "--device", "cpu", *TINY)
+    assert "--device gpu" in complaint(tmp_path, "train.py", "--device", "gpu", *TINY)
