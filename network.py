@@ -25,10 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 if "AuthenticAMD" in Path("/proc/cpuinfo").read_text():
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
 os.environ.setdefault("GLOG_minloglevel", "2")  # or it warns that a CPU has no cuDNN
+# PIL loads zlib, which crashes when Paddle 2.6's own copy has been loaded before it.
+from dataReader import SIZES, Problem, replacing, say
+
 with contextlib.redirect_stderr(io.StringIO()):  # it warns of more than one thread, and of ccache
     import paddle
 
-from dataReader import SIZES, Problem, replacing, say
 from weightInit import bn_initializer, conv_initializer
 
 import numpy as np
