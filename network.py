@@ -280,6 +280,8 @@ def write_tensors(path, tensors, info):
         Problem: the file cannot be written.
     """
     facts = json.dumps(info, sort_keys=True)
+    # safetensors takes the memory as it lies, so it must lie in order
+    tensors = {name: np.require(value, requirements="C") for name, value in tensors.items()}
     # One entry: safetensors writes several in no fixed order.
     metadata = {"dcgan": json.dumps({"sha256": _sha256(tensors, facts), "info": facts})}
     with replacing(path) as file:
@@ -299,17 +301,18 @@ def read_tensors(path, kind):
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = json.loads((file.metadata() or {})["dcgan"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            intact = _sha256(tensors, metadata["info"]) == metadata["sha256"]
             info = json.loads(metadata["info"])
-            if info["kind"] != kind:
-                raise Problem(f"{path} is a {info['kind']}, not a {kind}")
     except FileNotFoundError as error:
         raise Problem(f"{path} is not there: `python train.py` makes it") from error
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Problem(f"{path} is not a {kind} that train.py saved, or is damaged") from error
-    if _sha256(tensors, metadata["info"]) != metadata["sha256"]:
+    if not intact:
         raise Problem(f"{path} is damaged: its checksum does not match")
+    if info.get("kind") != kind:
+        raise Problem(f"{path} is a {info.get('kind')}, not a {kind}")
     return tensors, info
 
 
@@ -317,7 +320,7 @@ def _sha256(tensors, facts):
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]))
+        digest.update(tensors[name])
     return digest.hexdigest()
 
 

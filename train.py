@@ -1,16 +1,23 @@
 """Train the DCGAN (tutorial §4 and §5).
 
     python train.py                                   # CelebA's crops in imgs/, on the GPU
-    python train.py --batch_size 32 --epochs 6        # the demo faces, on a CPU
+    python train.py --batch_size 16 --learning_rate 0.0005 --epochs 6   # the demo, on a CPU
     python train.py --data_path photos --output_path Output/photos
+    python train.py --restart                         # not go on with the run in Output/
 
 Edit the settings below or pass them as flags. Everything is written to Output/:
 
-    0003_0100.png          faces of the same latent vectors after epoch 3, batch 100
-    losses.csv losses.png  both losses, iteration by iteration
-    real_vs_fake.png       training images beside generated ones, at the end
-    generator.safetensors  what generator.py needs
+    0003_0100.png           faces of the same latent vectors after epoch 3, batch 100
+    losses.csv losses.png   both losses, iteration by iteration
+    real_vs_fake.png        training images beside generated ones, at the end
+    generator.safetensors   what generator.py needs
+    checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
 """
+
+import fcntl
+import os
+import signal
+import threading
 
 from dataReader import (
     SIZES,
@@ -23,6 +30,7 @@ from dataReader import (
     run,
     save_grids,
     save_png,
+    say,
 )
 from network import (
     Discriminator,
@@ -30,10 +38,13 @@ from network import (
     draw_faces,
     face_latents,
     latent,
+    load_state,
     loss,
     margin,
+    read_tensors,
     save_generator,
     use_device,
+    write_tensors,
 )
 
 import numpy as np
@@ -65,6 +76,8 @@ device = "auto"          # "gpu", "cpu", or "auto": the GPU if there is one that
 output_path = "Output"   # where everything is written
 log_every = 10           # iterations between updates of the bar and of losses.csv
 sample_every = 100       # iterations between grids of faces; there is one after each epoch too
+save_every = 200         # iterations between checkpoints, and after each epoch; less on a slow CPU
+restart = False          # move an earlier run in output_path aside instead of going on with it
 
 # -------------------------------------------------------------------------------------------------
 # the algorithm
@@ -143,7 +156,146 @@ def iterate(D, G, d_optimizer, g_optimizer, images, options, step):
 
 
 # -------------------------------------------------------------------------------------------------
+# the checkpoint
+
+# What may differ when a run goes on: none of it changes an iteration.
+FREE = {"data_path", "epochs", "device", "output_path", "log_every", "sample_every", "save_every",
+        "restart"}
+
+
+def _adam(net, optimizer):
+    """Yield (name, key) of an optimizer's state: by the parameter's name in `net`, and by Paddle's.
+
+    Paddle's begins with a name it makes up for the parameter, another in each process.
+    """
+    for name, value in net.state_dict().items():
+        for moment in "moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc":
+            yield f"{name}.{moment}", f"{value.name}_{moment}_0"
+
+
+def save_checkpoint(path, nets, optimizers, info):
+    """Save all that training changes: both networks and Adam's moments and powers.
+
+    Args:
+        path: of the file.
+        nets, optimizers: the networks and their optimizers by name.
+        info: the step and the settings.
+
+    Raises:
+        Problem: a weight is not finite, or the file cannot be written.
+    """
+    tensors = {}
+    for name, net in nets.items():
+        tensors |= {f"{name}.{key}": value.numpy() for key, value in net.state_dict().items()}
+        state = optimizers[name].state_dict()
+        tensors |= {f"{name}.{own}": state[key].numpy()
+                    for own, key in _adam(net, optimizers[name]) if key in state}
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise Problem(f"{name} is no longer finite at iteration {info['step']}; {DIVERGED}")
+    write_tensors(path, tensors, {"kind": "checkpoint", **info})
+
+
+def load_checkpoint(path, nets, optimizers, tensors):
+    """Set networks and optimizers from the tensors of a checkpoint.
+
+    Raises:
+        Problem: they are of other networks; `path` is named.
+    """
+    for name, net in nets.items():
+        load_state(net, {key: tensors.pop(f"{name}.{key}") for key in net.state_dict()
+                         if f"{name}.{key}" in tensors}, path)
+        optimizers[name].set_state_dict({
+            key: paddle.to_tensor(tensors[f"{name}.{own}"])
+            for own, key in _adam(net, optimizers[name]) if f"{name}.{own}" in tensors})
+
+
+def open_output(options, settings):
+    """Take hold of the output folder, and read the checkpoint to go on from, if there is one.
+
+    Args:
+        options: the settings.
+        settings: those that change the result, with what else must be the same to go on.
+
+    Returns:
+        (folder, lock, tensors, step); tensors is None and step 0 for a new run. The folder is
+        this process's own as long as the file `lock` is open.
+
+    Raises:
+        Problem: another process has it, or what is in it cannot be gone on from.
+    """
+    while True:
+        folder = make_folder(options.output_path)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115, open until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Problem(f"another train.py is writing to {folder}: wait for it, or pass another"
+                          " --output_path") from error
+        path = folder / "checkpoint.safetensors"
+        if not options.restart or not (path.exists() or (folder / "losses.csv").exists()):
+            break
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        say(f"the run in {folder} is now in {aside}")
+        lock.close()
+
+    ways = "pass another --output_path, or --restart to move the old run aside"
+    if not path.exists():
+        if (folder / "generator.safetensors").exists():
+            raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {ways}")
+        return folder, lock, None, 0
+    try:
+        tensors, info = read_tensors(path, "checkpoint")
+    except Problem as problem:
+        raise Problem(f"{problem}; {ways}") from problem
+    different = [f"{name} {info['settings'].get(name)} (now {settings.get(name)})"
+                 for name in sorted({*info["settings"], *settings})
+                 if info["settings"].get(name) != settings.get(name)]
+    if different:
+        raise Problem(f"the run in {folder} has {', '.join(different)}: set it back, {ways}")
+    return folder, lock, tensors, info["step"]
+
+
+# -------------------------------------------------------------------------------------------------
 # the run
+
+
+DIVERGED = ("the checkpoint from before is kept. What usually helps: halve --learning_rate and pass"
+            " another --output_path, or --restart")
+
+
+class Stops:
+    """While entered: the first SIGINT or SIGTERM is noted in `signal`, a second ends the process.
+
+    A thread watches for them, since Python's own handlers wait for Paddle's call to return, which
+    takes seconds on a CPU.
+    """
+
+    signal = 0
+
+    def __enter__(self):
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer)
+        self.before = {number: signal.signal(number, lambda *_: None)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while number := os.read(self.reader, 1):
+            if self.signal:
+                os._exit(128 + number[0])
+            self.signal = number[0]
+            say("stopping after this iteration; once more to stop at once")
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.writer)
 
 
 def draw_losses(source, path):
@@ -170,14 +322,18 @@ def draw_losses(source, path):
 
 
 def train(options):
-    """Train from scratch, and write what the docstring of this file lists.
+    """Train, from scratch or from the checkpoint, and write what the docstring of this file lists.
 
     Raises:
-        Problem: something in the settings or the data that the user can put right.
+        Problem: something in the settings, the data or the files that the user can put right, or
+            a loss that is not finite.
+        SystemExit: after SIGINT or SIGTERM, once the iteration is done and saved.
     """
     use_device(options.device)
     reader = FaceReader(options.data_path, options.image_size, options.batch_size, options.seed)
-    output = make_folder(options.output_path)
+    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings["number of images"] = len(reader.images)
+    output, _lock, tensors, step = open_output(options, settings)
 
     paddle.seed(options.seed)
     G = Generator(options.z_dim, options.image_size, options.width)
@@ -185,6 +341,16 @@ def train(options):
     d_optimizer, g_optimizer = (
         paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
                               parameters=net.parameters()) for net in (D, G))
+    nets, optimizers = {"G": G, "D": D}, {"G": g_optimizer, "D": d_optimizer}
+    checkpoint, csv = output / "checkpoint.safetensors", output / "losses.csv"
+    total = options.epochs * len(reader)
+    if tensors:
+        load_checkpoint(checkpoint, nets, optimizers, tensors)
+        say(f"{output}: " + (f"going on after iteration {step} of {total}" if step < total else
+                             f"finished after {step} iterations; pass more --epochs to go on"))
+    rows = csv.read_text().splitlines(keepends=True)[1:step + 1] if tensors and csv.exists() else []
+    with replacing(csv) as file:  # what came after the checkpoint will come again
+        file.write("".join(["step,epoch,batch,d_loss,g_loss\n", *rows]).encode())
 
     fixed_z = face_latents(options.seed, range(100), options.z_dim, options.noise)
 
@@ -195,49 +361,65 @@ def train(options):
         return images
 
     pending = []  # what the device has still to tell, one tensor an iteration
-    total = options.epochs * len(reader)
-    with open(output / "losses.csv", "w") as table, \
-            tqdm(total=total * options.batch_size, unit="img", unit_scale=True) as bar:
-        table.write("step,epoch,batch,d_loss,g_loss\n")
 
-        def log():
-            values = paddle.stack(pending).numpy()
-            for (d_loss, g_loss, _, _), at in zip(
-                    values, range(step - len(pending), step), strict=True):
-                epoch, batch = divmod(at, len(reader))
-                table.write(f"{at + 1},{epoch + 1},{batch + 1},{d_loss:.6g},{g_loss:.6g}\n")
-            table.flush()
-            bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {step}/{total}", False)
-            bar.set_postfix_str(
-                "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*values[-1]), False)
-            bar.update(len(pending) * options.batch_size)
-            pending.clear()
+    def log():
+        values = paddle.stack(pending).numpy()
+        first = step - len(pending)
+        pending.clear()
+        for at, value in enumerate(values, first):
+            if not np.isfinite(value).all():
+                raise Problem(f"the loss of iteration {at + 1} is not finite; {DIVERGED}")
+            epoch, batch = divmod(at, len(reader))
+            table.write("{},{},{},{:.6g},{:.6g}\n".format(
+                at + 1, epoch + 1, batch + 1, *value[:2]))
+        table.flush()
+        bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {step}/{total}", False)
+        bar.set_postfix_str(
+            "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*values[-1]), False)
+        bar.update(len(values) * options.batch_size)
 
-        step = 0
-        for epoch in range(1, options.epochs + 1):
-            for batch, images in enumerate(reader.epoch(epoch), 1):
+    def save():
+        os.fsync(table.fileno())
+        save_checkpoint(checkpoint, nets, optimizers, {"step": step, "settings": settings})
+        save_generator(output / "generator.safetensors", G, options.noise, step)
+
+    stops = Stops()
+    with open(csv, "a") as table, stops, tqdm(
+            total=max(step, total) * options.batch_size, initial=step * options.batch_size,
+            unit="img", unit_scale=True) as bar:
+        while step < total:
+            epoch, start = divmod(step, len(reader))
+            for batch, images in enumerate(reader.epoch(epoch + 1, start), start + 1):
                 step += 1
                 pending.append(iterate(D, G, d_optimizer, g_optimizer, images, options, step))
-                ends = batch == len(reader)
-                if ends or step % options.log_every == 0:
+                last = batch == len(reader)
+                sample = last or step % options.sample_every == 0
+                store = last or step % options.save_every == 0 or stops.signal
+                if sample or store or step % options.log_every == 0:
                     log()
-                if ends or step % options.sample_every == 0:
-                    save_png(output / f"{epoch:04d}_{batch:04d}.png", grid(samples()))
-            save_generator(output / "generator.safetensors", G, options.noise, step)
+                if sample:
+                    save_png(output / f"{epoch + 1:04d}_{batch:04d}.png", grid(samples()))
+                if store:
+                    save()
+                if stops.signal:
+                    say(f"stopped after iteration {step}, which is saved: the same command goes on")
+                    raise SystemExit(128 + stops.signal)
 
-    draw_losses(output / "losses.csv", output / "losses.png")
+    save_generator(output / "generator.safetensors", G, options.noise, step)
+    draw_losses(csv, output / "losses.png")
     chosen = np.random.default_rng(options.seed).permutation(len(reader.images))[:100]
     save_grids(output / "real_vs_fake.png",
                Real_faces=reader.images[chosen], Generated_faces=samples())
-    print(f"{step} iterations done; faces from it: python generator.py"
-          f" --checkpoint {output / 'generator.safetensors'}")
+    print(f"{step} iterations done; to draw faces:"
+          f" python generator.py --checkpoint {output / 'generator.safetensors'}")
 
 
 def main():
     options = command_line(
         globals(), image_size=SIZES, z_dim=1, width=1, noise=("normal", "uniform"), epochs=1,
         batch_size=1, learning_rate=0, beta1=0, beta2=0, d_steps=1, g_steps=1, seed=0,
-        device=("auto", "gpu", "cpu"), log_every=1, sample_every=1)
+        device=("auto", "gpu", "cpu"), log_every=1, sample_every=1,
+        save_every=1)
     if max(options.beta1, options.beta2) >= 1:
         raise Problem("--beta1 and --beta2 must be less than 1")
     train(options)
