@@ -3,8 +3,8 @@
     python dataReader.py                     # Output/training_images.png, a 10×10 grid of imgs/
     python dataReader.py --data_path photos  # any folder of images, of any size
 
-Here too is what all six scripts share and none of them should write again: settings that are
-also flags, errors that are one line, files that appear whole or not at all, grids of images.
+Here too is what the scripts share and none of them should write again: settings that are also
+flags, errors that are one line, files that appear whole or not at all, grids of images.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,12 +42,13 @@ class Problem(Exception):
 def command_line(script, **limits):
     """Turn the settings at the top of a script into flags and parse them.
 
-    Every line `name = value  # help` becomes the flag `--name` of the value's type, so editing
-    the script and passing a flag do the same. A bad value ends the process with status 2.
+    Every line `name = value  # help` there becomes the flag `--name`, so editing the script and
+    passing a flag do the same. A bad value ends the process with status 2.
 
     Args:
         script: the script's `globals()`.
-        **limits: for a setting, the tuple of values it may take, or the least one.
+        **limits: for a setting, the least value, or a list [least, below], or the tuple of all
+            values it may take; and with that its type, else it is that of the value.
 
     Returns:
         argparse.Namespace with one attribute per setting.
@@ -56,11 +58,13 @@ def command_line(script, **limits):
         usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     source = Path(script["__file__"]).read_text(encoding="utf-8")
-    for name, text in re.findall(r"^([a-z]\w*) = .+?  # (.+)$", source, re.MULTILINE):
-        value = script[name]
-        kind = ({"action": argparse.BooleanOptionalAction} if isinstance(value, bool)
-                else {"type": type(value), "metavar": type(value).__name__})
-        parser.add_argument(f"--{name}", default=value, **kind,
+    section = source.split("# settings")[1].split("\n# ---")[0]
+    for name, text in re.findall(r"^([a-z]\w*) = .*?(?:\s#\s*(.*))?$", section, re.MULTILINE):
+        value, limit = script[name], limits.get(name, script[name])
+        kind = type(limit[0] if isinstance(limit, (list, tuple)) else limit)
+        flag = ({"action": argparse.BooleanOptionalAction} if kind is bool
+                else {"type": kind, "metavar": kind.__name__})
+        parser.add_argument(f"--{name}", default=value, **flag,
                             help=text.replace("%", "%%") + f" (default: {value})")
     options = parser.parse_args()
     for name, limit in limits.items():
@@ -68,7 +72,11 @@ def command_line(script, **limits):
         if isinstance(limit, tuple):
             if value not in limit:
                 parser.error(f"--{name} is {value}, but can be {', '.join(map(str, limit))}")
-        elif not value >= limit:  # so that nan fails too
+        elif isinstance(limit, list):
+            if not limit[0] <= value < limit[1]:  # so that nan fails too
+                parser.error(f"--{name} is {value}, but must be at least {limit[0]} and less than"
+                             f" {limit[1]}")
+        elif value < limit:
             parser.error(f"--{name} is {value}, but must be at least {limit}")
     return options
 
@@ -82,6 +90,8 @@ def run(main):
         sys.exit(f"{name}: {problem}")
     except OSError as error:
         sys.exit(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
+    except MemoryError:
+        sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -104,7 +114,7 @@ def make_folder(path):
     except OSError as error:
         raise Problem(f"cannot make the folder {path}: {error.strerror}") from error
     for left in path.glob(".*.tmp"):
-        process = left.name.split(".")[-2]
+        process = left.name[1:].split("-")[0]
         if process.isdigit() and not Path("/proc", process).exists():
             left.unlink(missing_ok=True)
     return path
@@ -121,7 +131,7 @@ def replacing(path, sync=True):
         Problem: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -152,16 +162,26 @@ def in_threads(function, items, title, threads):
 
 
 def list_files(folder):
-    """All files below a folder but hidden ones, as (path relative to it, os.DirEntry), sorted."""
+    """All files below a folder but hidden ones, as (path relative to it, os.DirEntry), sorted.
+
+    Links are followed; what is neither a file nor a folder is named on stderr and left out.
+    """
+    seen = set()  # a link may lead back up
+
     def walk(path, prefix):
+        if (real := os.path.realpath(path)) in seen:
+            return
+        seen.add(real)
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
                     yield from walk(entry.path, f"{prefix}{entry.name}/")
-                else:
+                elif entry.is_file():
                     yield prefix + entry.name, entry
+                else:
+                    say(f"skipped {entry.path}: a broken link, or no file")
     return sorted(walk(folder, ""), key=lambda file: file[0])
 
 
@@ -251,8 +271,8 @@ class FaceReader:
 
     Every image is decoded once, into one packed file in the folder itself (`.faces-64-….uint8`)
     that is mapped into memory, so that any number of processes share it and a dataset larger than
-    memory is no trouble. The file's name is a digest of the images' names, sizes and times; when
-    an image is added, changed or removed, it is packed anew.
+    memory is no trouble. In the file's name is a digest of the images' names, sizes and times;
+    when an image is added, changed or removed, it is packed anew.
 
     Args:
         data_path: folder, searched recursively; images of another size than `image_size` are
@@ -264,6 +284,7 @@ class FaceReader:
 
     Attributes:
         images: uint8 `[N, 3, S, S]`, read-only, mapped from the packed file.
+        digest: hexadecimal digest of `images`.
 
     Raises:
         Problem: no folder, no image in it, or fewer images than one batch.
@@ -271,7 +292,7 @@ class FaceReader:
 
     def __init__(self, data_path, image_size, batch_size, seed, rank=0, world_size=1):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.images = _packed(Path(data_path), image_size)
+        self.images, self.digest = _packed(Path(data_path), image_size)
         if len(self) == 0:
             number, each = len(self.images), f" on each of {world_size} processes"
             raise Problem(f"{data_path} has {number} images, too few for a batch of {batch_size}"
@@ -296,22 +317,27 @@ class FaceReader:
             yield self.images[order[batch * self.batch_size:(batch + 1) * self.batch_size]]
 
 
+DIGEST = hashlib.sha1().digest_size  # bytes at the end of a packed file
+
+
 def _packed(folder, size):
-    """Map the packed images of a folder, uint8 `[N, 3, size, size]`; pack them first if need be."""
+    """Map the packed images of a folder and read their digest; pack them first if need be."""
     if not folder.is_dir():
         raise Problem(f"{folder} is not a folder of images: run `python pretreat.py` on CelebA's"
                       " photos, or `python pretreat.py --demo`, which needs no download")
     files = list_files(folder)
-    digest = hashlib.sha1(usedforsecurity=False)
+    state = hashlib.sha1(usedforsecurity=False)
     for name, entry in files:
         info = entry.stat()
-        digest.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
-    path = folder / f".faces-{size}-{digest.hexdigest()[:16]}.uint8"
-    if not path.exists():
+        state.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
+    path = folder / f".faces-{size}-{state.hexdigest()[:16]}.uint8"
+    each = 3 * size * size
+    if not path.exists() or path.stat().st_size % each != DIGEST:
         _pack(files, size, path)
         for old in set(folder.glob(f".faces-{size}-*.uint8")) - {path}:
             old.unlink(missing_ok=True)
-    return np.memmap(path, np.uint8, "r").reshape(-1, 3, size, size)
+    packed = np.memmap(path, np.uint8, "r")
+    return packed[:-DIGEST].reshape(-1, 3, size, size), packed[-DIGEST:].tobytes().hex()
 
 
 def _pack(files, size, path):
@@ -336,16 +362,19 @@ def _pack(files, size, path):
         return np.asarray(image).transpose(2, 0, 1)
 
     make_folder(path.parent)
-    count = 0
+    count, digest = 0, hashlib.sha1(usedforsecurity=False)
     with replacing(path) as packed:
         for image in in_threads(
                 decode, files, f"packing {path.parent}", len(os.sched_getaffinity(0))):
             if image is not None:
-                packed.write(image.tobytes())
+                pixels = image.tobytes()
+                packed.write(pixels)
+                digest.update(pixels)
                 count += 1
         if count == 0:
             raise Problem(f"{path.parent} holds no images: run `python pretreat.py` on CelebA's"
                           " photos, or `python pretreat.py --demo`, which needs no download")
+        packed.write(digest.digest())
 
 
 def main():

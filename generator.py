@@ -8,8 +8,7 @@
 Face number k of a seed is the same face whatever the count, and on any device up to rounding.
 """
 
-
-from dataReader import command_line, grid, make_folder, run, save_png
+from dataReader import command_line, grid, make_folder, run, save_png, say
 from network import draw_faces, face_latents, load_generator, use_device
 
 import numpy as np
@@ -32,7 +31,7 @@ GRID_MOST = 100 * 100   # faces in faces.png; more could not be made out
 
 
 def main():
-    options = command_line(globals(), count=1, seed=0, device=("auto", "gpu", "cpu"))
+    options = command_line(globals(), count=1, seed=[0, 2**32], device=("auto", "gpu", "cpu"))
     use_device(options.device)
     generator, info = load_generator(options.checkpoint)
     folder = make_folder(options.output_path)
@@ -50,6 +49,8 @@ def main():
                     save_png(folder / f"{number:06d}.png", face.transpose(1, 2, 0), sync=False)
             bar.update(len(faces))
     save_png(folder / "faces.png", grid(np.concatenate(shown)))
+    if options.individual and (others := len(list(folder.glob("*.png"))) - options.count - 1):
+        say(f"{folder} also holds {others} PNGs of other runs")
     print(f"{options.count} faces of a generator trained for {info['step']} iterations: {folder}")
 
 

@@ -185,6 +185,9 @@ def loss(logits, label):
 # latent vectors, images, device
 
 
+NOISES = ("normal", "uniform")
+
+
 def latent(key, shape, noise):
     """Draw latent vectors, the same for the same key on every machine.
 
@@ -302,12 +305,12 @@ def read_tensors(path, kind):
             metadata = json.loads((file.metadata() or {})["dcgan"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             intact = _sha256(tensors, metadata["info"]) == metadata["sha256"]
-            info = json.loads(metadata["info"])
+            info = dict(json.loads(metadata["info"]))
     except FileNotFoundError as error:
         raise Problem(f"{path} is not there: `python train.py` makes it") from error
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror or error}") from error
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a stranger's file can be wrong in any way
         raise Problem(f"{path} is not a {kind} that train.py saved, or is damaged") from error
     if not intact:
         raise Problem(f"{path} is damaged: its checksum does not match")
@@ -324,16 +327,24 @@ def _sha256(tensors, facts):
     return digest.hexdigest()
 
 
+def check_shapes(tensors, shapes, path):
+    """Check that arrays are float32 and have just these names and shapes.
+
+    Raises:
+        Problem: they are not; `path` is named.
+    """
+    if ({name: (list(value.shape), str(value.dtype)) for name, value in tensors.items()}
+            != {name: (list(shape), "float32") for name, shape in shapes.items()}):
+        raise Problem(f"{path} holds weights of another network")
+
+
 def load_state(layer, tensors, path):
     """Set a network's weights and BN statistics from arrays.
 
     Raises:
-        Problem: a name is missing or too many, or a shape differs; `path` is named.
+        Problem: a name is missing or too many, or a shape or type differs; `path` is named.
     """
-    state = layer.state_dict()
-    if ({name: list(value.shape) for name, value in state.items()}
-            != {name: list(value.shape) for name, value in tensors.items()}):
-        raise Problem(f"{path} holds weights of another network")
+    check_shapes(tensors, {name: value.shape for name, value in layer.state_dict().items()}, path)
     layer.set_state_dict({name: paddle.to_tensor(value) for name, value in tensors.items()})
 
 
@@ -363,9 +374,14 @@ def load_generator(path):
     """
     tensors, info = read_tensors(path, "generator")
     try:
-        generator = Generator(info["z_dim"], info["image_size"], info["width"])
-    except (KeyError, TypeError, ValueError) as error:
+        # before a network of any size is built
+        first = tensors["layers.0.0.weight"].shape
+        assert first == (info["z_dim"], _channels(info["image_size"], info["width"])[-1], 4, 4)
+        assert info["noise"] in NOISES
+        assert info["step"] >= 0
+    except Exception as error:  # a stranger's file can be wrong in any way
         raise Problem(f"{path} holds weights of another network") from error
+    generator = Generator(info["z_dim"], info["image_size"], info["width"])
     load_state(generator, tensors, path)
     generator.eval()
     return generator, info

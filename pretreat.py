@@ -81,12 +81,12 @@ def find_photos(path):
     elif path.is_file():
         try:
             archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:
             raise Problem(f"{path} is neither a folder nor a whole zip: {error}") from error
-        photos = [(item.filename, lambda item=item: archive.open(item))
-                  for item in archive.infolist() if not item.is_dir()
-                  and not item.filename.startswith("__MACOSX/")
-                  and not Path(item.filename).name.startswith(".")]
+        items = {item.filename: item for item in archive.infolist()}  # the last of one name counts
+        photos = [(name, lambda item=item: archive.open(item)) for name, item in items.items()
+                  if not item.is_dir() and not name.startswith("__MACOSX/")
+                  and not Path(name).name.startswith(".")]
     else:
         raise Problem(
             f"{path} is not there: download img_align_celeba.zip (\"Align&Cropped Images\") from"
@@ -101,7 +101,7 @@ def crop_names(names):
     """Name the crops of photos: `a/1.jpg` → `1.png`.
 
     Photos that would share a name (`a/1.jpg`, `b/1.jpg`, `b/1.webp`) are told apart by a digest
-    of their path, so each keeps its name whatever else comes and goes.
+    of their path.
     """
     stems = Counter(Path(name).stem for name in names)
     return [Path(name).stem + (f"-{sha1(name)}" if stems[Path(name).stem] > 1 else "") + ".png"
@@ -125,24 +125,24 @@ def crop_all(photos, folder, size, threads):
         Problem: the folder holds crops of another size, cannot be written, or is empty at the end.
     """
     folder = make_folder(folder)
-    there = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")}
-    for name in there:
-        found = read_image(folder / name).size
-        if found != (size, size):
-            raise Problem(f"{folder} holds crops of {found[0]}×{found[1]}, not {size}×{size}: pass"
-                          " another --output, or remove it")
-        break
+    there = {entry.name for entry in os.scandir(folder)
+             if entry.name.endswith(".png") and entry.stat().st_size > 0}
     names = crop_names([name for name, _ in photos])
+    for name in sorted(there.intersection(names))[:1]:
+        with Image.open(folder / name) as found:
+            if found.size != (size, size):
+                raise Problem(f"{folder} holds crops of {found.width}×{found.height}, not"
+                              f" {size}×{size}: pass another --output, or remove it")
     todo = [(*photo, crop) for photo, crop in zip(photos, names, strict=True) if crop not in there]
 
     def crop(photo):
         name, opened, crop = photo
         try:
-            image = read_image(opened())
+            image = crop_face(read_image(opened()), size)
         except Exception as error:  # PIL raises almost anything for a damaged file
             say(f"skipped {name}: {why_unreadable(error)}")
             return False
-        save_png(folder / crop, crop_face(image, size), sync=False)
+        save_png(folder / crop, image, sync=False)
         return True
 
     written = sum(in_threads(crop, todo, "cropping", threads)) if todo else 0

@@ -16,8 +16,10 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
 
 import fcntl
 import os
+import re
 import signal
 import threading
+from pathlib import Path
 
 from dataReader import (
     SIZES,
@@ -33,8 +35,10 @@ from dataReader import (
     say,
 )
 from network import (
+    NOISES,
     Discriminator,
     Generator,
+    check_shapes,
     draw_faces,
     face_latents,
     latent,
@@ -87,7 +91,7 @@ def d_step(D, G, optimizer, real, z):
     """Teach D to tell real images from generated ones: one Adam step on the sum of both losses.
 
     Args:
-        D, G: the networks; G is left as it is.
+        D, G: the networks; of G only the BN statistics move.
         optimizer: of D's parameters.
         real: images `[N, 3, S, S]` in [-1, 1].
         z: latent vectors `[N, z_dim]`.
@@ -145,7 +149,7 @@ def iterate(D, G, d_optimizer, g_optimizer, images, options, step):
     """
     def z(draw):
         return paddle.to_tensor(latent(
-            [options.seed, step, 0, draw], [len(images), options.z_dim], options.noise))
+            [options.seed, step, 0, draw + 1], [len(images), options.z_dim], options.noise))
 
     real = paddle.to_tensor(images).astype("float32") / 127.5 - 1
     for draw in range(options.d_steps):
@@ -163,14 +167,17 @@ FREE = {"data_path", "epochs", "device", "output_path", "log_every", "sample_eve
         "restart"}
 
 
-def _adam(net, optimizer):
-    """Yield (name, key) of an optimizer's state: by the parameter's name in `net`, and by Paddle's.
+def _adam(net):
+    """Yield (name, key, shape) of each tensor of the state of `net`'s Adam.
 
-    Paddle's begins with a name it makes up for the parameter, another in each process.
+    The name begins with that of the parameter in `net`, Paddle's key with one that it makes up.
     """
     for name, value in net.state_dict().items():
-        for moment in "moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc":
-            yield f"{name}.{moment}", f"{value.name}_{moment}_0"
+        if not value.stop_gradient:
+            for moment in "moment1", "moment2":
+                yield f"{name}.{moment}", f"{value.name}_{moment}_0", value.shape
+            for power in "beta1_pow_acc", "beta2_pow_acc":
+                yield f"{name}.{power}", f"{value.name}_{power}_0", [1]
 
 
 def save_checkpoint(path, nets, optimizers, info):
@@ -188,8 +195,7 @@ def save_checkpoint(path, nets, optimizers, info):
     for name, net in nets.items():
         tensors |= {f"{name}.{key}": value.numpy() for key, value in net.state_dict().items()}
         state = optimizers[name].state_dict()
-        tensors |= {f"{name}.{own}": state[key].numpy()
-                    for own, key in _adam(net, optimizers[name]) if key in state}
+        tensors |= {f"{name}.{own}": state[key].numpy() for own, key, _ in _adam(net)}
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise Problem(f"{name} is no longer finite at iteration {info['step']}; {DIVERGED}")
@@ -202,12 +208,35 @@ def load_checkpoint(path, nets, optimizers, tensors):
     Raises:
         Problem: they are of other networks; `path` is named.
     """
+    check_shapes(tensors, {
+        f"{name}.{key}": shape for name, net in nets.items() for key, shape in [
+            *((key, value.shape) for key, value in net.state_dict().items()),
+            *((own, shape) for own, _, shape in _adam(net))]}, path)
     for name, net in nets.items():
-        load_state(net, {key: tensors.pop(f"{name}.{key}") for key in net.state_dict()
-                         if f"{name}.{key}" in tensors}, path)
+        load_state(net, {key: tensors[f"{name}.{key}"] for key in net.state_dict()}, path)
         optimizers[name].set_state_dict({
-            key: paddle.to_tensor(tensors[f"{name}.{own}"])
-            for own, key in _adam(net, optimizers[name]) if f"{name}.{own}" in tensors})
+            key: paddle.to_tensor(tensors[f"{name}.{own}"]) for own, key, _ in _adam(net)})
+
+
+def _lock(path):
+    """Create a folder and lock it for this process: return its Path and the open lock file.
+
+    Raises:
+        Problem: another process has it.
+    """
+    folder = make_folder(path)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise Problem(f"--output_path {path} must be a folder of its own")
+    lock = open(folder / ".lock", "a+")  # noqa: SIM115, open until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        moved = not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+    except (BlockingIOError, FileNotFoundError):
+        moved = True
+    if moved:
+        raise Problem(f"another train.py is writing to {folder}: wait for it, or pass another"
+                      " --output_path")
+    return folder, lock
 
 
 def open_output(options, settings):
@@ -224,23 +253,20 @@ def open_output(options, settings):
     Raises:
         Problem: another process has it, or what is in it cannot be gone on from.
     """
-    while True:
-        folder = make_folder(options.output_path)
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115, open until the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Problem(f"another train.py is writing to {folder}: wait for it, or pass another"
-                          " --output_path") from error
-        path = folder / "checkpoint.safetensors"
-        if not options.restart or not (path.exists() or (folder / "losses.csv").exists()):
-            break
+    folder, lock = _lock(options.output_path)
+    path = folder / "checkpoint.safetensors"
+    if options.restart and any(folder.glob("*.safetensors")):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise Problem(f"cannot move {folder} aside ({error.strerror}): pass another"
+                          " --output_path") from error
         say(f"the run in {folder} is now in {aside}")
         lock.close()
+        folder, lock = _lock(options.output_path)
 
     ways = "pass another --output_path, or --restart to move the old run aside"
     if not path.exists():
@@ -249,22 +275,24 @@ def open_output(options, settings):
         return folder, lock, None, 0
     try:
         tensors, info = read_tensors(path, "checkpoint")
+        old, step = dict(info["settings"]), int(info["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Problem(f"{path} is not a checkpoint that train.py saved; {ways}") from error
     except Problem as problem:
         raise Problem(f"{problem}; {ways}") from problem
-    different = [f"{name} {info['settings'].get(name)} (now {settings.get(name)})"
-                 for name in sorted({*info["settings"], *settings})
-                 if info["settings"].get(name) != settings.get(name)]
+    different = [f"{name} {old.get(name)} (now {settings.get(name)})"
+                 for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
     if different:
         raise Problem(f"the run in {folder} has {', '.join(different)}: set it back, {ways}")
-    return folder, lock, tensors, info["step"]
+    return folder, lock, tensors, step
 
 
 # -------------------------------------------------------------------------------------------------
 # the run
 
 
-DIVERGED = ("the checkpoint from before is kept. What usually helps: halve --learning_rate and pass"
-            " another --output_path, or --restart")
+DIVERGED = ("a checkpoint from before is kept. What usually helps: half the --learning_rate, with"
+            " another --output_path or --restart")
 
 
 class Stops:
@@ -290,12 +318,13 @@ class Stops:
                 os._exit(128 + number[0])
             self.signal = number[0]
             say("stopping after this iteration; once more to stop at once")
+        os.close(self.reader)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        os.close(self.writer)
+        os.close(self.writer)  # which ends the thread
 
 
 def draw_losses(source, path):
@@ -307,7 +336,7 @@ def draw_losses(source, path):
     """
     from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
 
-    step, _, _, d_loss, g_loss = np.loadtxt(source, delimiter=",", skiprows=1, ndmin=2).T
+    step, _, _, d_loss, g_loss = np.genfromtxt(source, delimiter=",", ndmin=2)[1:].T
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(step, g_loss, label="generator G", linewidth=0.8)
@@ -332,8 +361,8 @@ def train(options):
     use_device(options.device)
     reader = FaceReader(options.data_path, options.image_size, options.batch_size, options.seed)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings["number of images"] = len(reader.images)
-    output, _lock, tensors, step = open_output(options, settings)
+    settings["images"] = f"{len(reader.images)} of digest {reader.digest[:8]}"
+    output, lock, tensors, step = open_output(options, settings)
 
     paddle.seed(options.seed)
     G = Generator(options.z_dim, options.image_size, options.width)
@@ -348,8 +377,12 @@ def train(options):
         load_checkpoint(checkpoint, nets, optimizers, tensors)
         say(f"{output}: " + (f"going on after iteration {step} of {total}" if step < total else
                              f"finished after {step} iterations; pass more --epochs to go on"))
-    rows = csv.read_text().splitlines(keepends=True)[1:step + 1] if tensors and csv.exists() else []
-    with replacing(csv) as file:  # what came after the checkpoint will come again
+    rows = []
+    if tensors and csv.exists():  # what came after the checkpoint will come again
+        rows = re.findall(r"^\d+,\d+,\d+,\S+,\S+\n", csv.read_text(errors="replace"), re.M)[:step]
+    if len(rows) < step:
+        say(f"{csv} lacks {step - len(rows)} iterations before the checkpoint")
+    with replacing(csv) as file:
         file.write("".join(["step,epoch,batch,d_loss,g_loss\n", *rows]).encode())
 
     fixed_z = face_latents(options.seed, range(100), options.z_dim, options.noise)
@@ -366,13 +399,16 @@ def train(options):
         values = paddle.stack(pending).numpy()
         first = step - len(pending)
         pending.clear()
+        lines = ""
         for at, value in enumerate(values, first):
             if not np.isfinite(value).all():
                 raise Problem(f"the loss of iteration {at + 1} is not finite; {DIVERGED}")
             epoch, batch = divmod(at, len(reader))
-            table.write("{},{},{},{:.6g},{:.6g}\n".format(
-                at + 1, epoch + 1, batch + 1, *value[:2]))
-        table.flush()
+            lines += f"{at + 1},{epoch + 1},{batch + 1},{value[0]:.6g},{value[1]:.6g}\n"
+        try:
+            table.write(lines.encode())
+        except OSError as error:
+            raise Problem(f"cannot write {csv}: {error.strerror}") from error
         bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {step}/{total}", False)
         bar.set_postfix_str(
             "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*values[-1]), False)
@@ -384,7 +420,7 @@ def train(options):
         save_generator(output / "generator.safetensors", G, options.noise, step)
 
     stops = Stops()
-    with open(csv, "a") as table, stops, tqdm(
+    with open(csv, "ab", buffering=0) as table, stops, tqdm(
             total=max(step, total) * options.batch_size, initial=step * options.batch_size,
             unit="img", unit_scale=True) as bar:
         while step < total:
@@ -392,18 +428,19 @@ def train(options):
             for batch, images in enumerate(reader.epoch(epoch + 1, start), start + 1):
                 step += 1
                 pending.append(iterate(D, G, d_optimizer, g_optimizer, images, options, step))
-                last = batch == len(reader)
+                last, stop = batch == len(reader), stops.signal
                 sample = last or step % options.sample_every == 0
-                store = last or step % options.save_every == 0 or stops.signal
+                store = last or step % options.save_every == 0 or stop
                 if sample or store or step % options.log_every == 0:
                     log()
                 if sample:
                     save_png(output / f"{epoch + 1:04d}_{batch:04d}.png", grid(samples()))
                 if store:
                     save()
-                if stops.signal:
-                    say(f"stopped after iteration {step}, which is saved: the same command goes on")
-                    raise SystemExit(128 + stops.signal)
+                if stop:
+                    say(f"stopped after iteration {step}, which is saved: the same command"
+                        f"{' without --restart' if options.restart else ''} goes on")
+                    raise SystemExit(128 + stop)
 
     save_generator(output / "generator.safetensors", G, options.noise, step)
     draw_losses(csv, output / "losses.png")
@@ -416,12 +453,10 @@ def train(options):
 
 def main():
     options = command_line(
-        globals(), image_size=SIZES, z_dim=1, width=1, noise=("normal", "uniform"), epochs=1,
-        batch_size=1, learning_rate=0, beta1=0, beta2=0, d_steps=1, g_steps=1, seed=0,
-        device=("auto", "gpu", "cpu"), log_every=1, sample_every=1,
+        globals(), image_size=SIZES, z_dim=1, width=1, noise=NOISES, epochs=1,
+        batch_size=1, learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0], d_steps=1,
+        g_steps=1, seed=[0, 2**32], device=("auto", "gpu", "cpu"), log_every=1, sample_every=1,
         save_every=1)
-    if max(options.beta1, options.beta2) >= 1:
-        raise Problem("--beta1 and --beta2 must be less than 1")
     train(options)
 
 

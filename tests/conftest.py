@@ -38,7 +38,7 @@ def complaint(folder, script, *flags, status=1, **popen):
     lines = [line for line in err.splitlines()
              if line.strip() and not any(word in line for word in usual)]
     assert len(lines) == 1, err
-    assert lines[0].startswith(f"{script}: ")
+    assert lines[0].startswith(f"{Path(script).name}: ")
     return lines[0]
 
 

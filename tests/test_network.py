@@ -167,9 +167,20 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
     write_tensors(tmp_path / "c", {"weight": np.zeros(3, np.float32)}, {"kind": "checkpoint"})
     assert "is a checkpoint, not a generator" in message((tmp_path / "c").read_bytes())
     tensors, info = read_tensors(tmp_path / "g", "generator")
-    for change in {"width": 16}, {"z_dim": 8}, {"z_dim": "many"}, {"image_size": 48}:
+    for change in ({"width": 16}, {"z_dim": 8}, {"z_dim": "many"}, {"image_size": 48},
+                   {"z_dim": 10**10}, {"noise": "cauchy"}, {"step": None}, {"width": -1}):
         write_tensors(tmp_path / "other", tensors, {**info, **change})
         assert "another network" in message((tmp_path / "other").read_bytes())
+    for change in {"layers.3.bias": np.zeros(3)}, {"layers.1.0.weight": np.zeros([2, 2])}, {
+            "layers.3.weight": tensors["layers.3.weight"].astype(np.float64)}:
+        write_tensors(tmp_path / "other", {**tensors, **change}, info)
+        assert "another network" in message((tmp_path / "other").read_bytes())
+    for metadata in "3", "[" * 100_000, '{"sha256": 1, "info": 3}', '{"sha256": "", "info": "[]"}':
+        foreign = safetensors.numpy.save({"weight": np.zeros(3)}, {"dcgan": metadata})
+        assert "damaged" in message(foreign)
+    write_tensors(tmp_path / "strided", {"weight": np.eye(4)[:, 1:3]}, {"kind": "test"})
+    np.testing.assert_array_equal(
+        read_tensors(tmp_path / "strided", "test")[0]["weight"], np.eye(4)[:, 1:3])
     assert json.dumps(info) == json.dumps(read_tensors(tmp_path / "g", "generator")[1])
 
 

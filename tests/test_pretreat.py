@@ -207,6 +207,14 @@ def test_no_photo_at_all_is_an_error(tmp_path):
     assert "pretreat.py: none of the files is a photo" in printed
 
 
+def test_empty_and_foreign_files_in_the_output_do_no_harm(tmp_path, photos):
+    run(tmp_path, "pretreat.py")
+    (tmp_path / "imgs" / "000001.png").write_bytes(b"")  # as a power cut may leave it
+    photo(10, 10).save(tmp_path / "imgs" / "0.png")
+    assert "1 written, 3 already there" in run(tmp_path, "pretreat.py")
+    assert crops(tmp_path / "imgs")["000001.png"].shape == (64, 64, 3)
+
+
 def test_crops_of_other_photos_in_the_output_are_pointed_out(tmp_path, photos):
     run(tmp_path, "pretreat.py")
     for path in list(photos.iterdir())[:3]:

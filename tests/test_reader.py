@@ -185,6 +185,30 @@ def test_two_processes_may_pack_at_once(tmp_path, demo):
     assert [path.suffix for path in (tmp_path / "imgs").glob(".*")] == [".uint8"]
 
 
+def test_digest_tells_datasets_apart_and_damage_is_packed_again(folder, tmp_path):
+    first = FaceReader(folder, 16, 10, seed=0)
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+    assert FaceReader(tmp_path / "copy", 16, 10, seed=0).digest == first.digest
+    photo(16, 16, 200).save(tmp_path / "copy" / "3.png")
+    assert FaceReader(tmp_path / "copy", 16, 10, seed=0).digest != first.digest
+    [pack] = folder.glob(".faces-*")
+    whole = pack.read_bytes()
+    for damaged in b"", whole[:100], whole[:-1]:
+        pack.write_bytes(damaged)
+        assert sorted(marks(FaceReader(folder, 16, 10, seed=0).epoch(1))) == list(range(10))
+        assert pack.read_bytes() == whole
+
+
+def test_links_in_the_folder(folder, tmp_path, capsys):
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "more" / "up").symlink_to(folder)
+    (tmp_path / "other").mkdir()
+    photo(16, 16, 200).save(tmp_path / "other" / "10.png")
+    (folder / "linked").symlink_to(tmp_path / "other")
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
+    assert "gone.png: a broken link" in capsys.readouterr().err
+
+
 def test_missing_folder_is_one_line_that_says_how_to_get_data(tmp_path):
     line = complaint(tmp_path, "dataReader.py")
     assert "imgs is not a folder" in line

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from types import SimpleNamespace
 
 from dataReader import FaceReader
@@ -11,7 +12,7 @@ from train import d_step, g_step, iterate
 import numpy as np
 import paddle
 import pytest
-from conftest import TINY, complaint, photo, run
+from conftest import ROOT, TINY, complaint, photo, run
 from PIL import Image
 
 
@@ -95,7 +96,7 @@ def test_images_are_scaled_to_the_range_of_tanh(nets, monkeypatch):
     assert real.dtype == np.float32
     assert (real[0] == -1).all()
     assert (real[1] == 1).all()
-    np.testing.assert_array_equal(z, latent([3, 7, 0, 0], [2, 5], "uniform"))
+    np.testing.assert_array_equal(z, latent([3, 7, 0, 1], [2, 5], "uniform"))
 
 
 def table(folder):
@@ -106,8 +107,9 @@ def table(folder):
 def test_run_leaves_what_the_docstring_lists(trained):
     output = trained / "Output"
     assert sorted(path.name for path in output.iterdir()) == [
-        "0001_0004.png", "0001_0006.png", "0002_0002.png", "0002_0006.png",
-        "generator.safetensors", "losses.csv", "losses.png", "real_vs_fake.png"]
+        ".lock", "0001_0004.png", "0001_0006.png", "0002_0002.png", "0002_0006.png",
+        "checkpoint.safetensors", "generator.safetensors", "losses.csv", "losses.png",
+        "real_vs_fake.png"]
     rows = table(trained)
     assert list(rows[0]) == ["step", "epoch", "batch", "d_loss", "g_loss"]
     assert [(int(row["step"]), int(row["epoch"]), int(row["batch"])) for row in rows] == [
@@ -131,7 +133,8 @@ def test_losses_are_those_of_the_algorithm(trained):
     for epoch in 1, 2:
         for images in reader.epoch(epoch):
             step += 1
-            z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal")) for k in range(3)]
+            z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal"))
+                 for k in (1, 2, 3)]
             d_loss = loss(D(paddle.to_tensor(images / np.float32(127.5) - 1)), 1) + loss(
                 D(G(z[0]).detach()), 0)
             d_loss.backward()
@@ -159,11 +162,34 @@ def test_same_seed_same_run_and_other_seed_another(trained, tmp_path):
     assert ((tmp_path / "Output" / "generator.safetensors").read_bytes()
             == (trained / "Output" / "generator.safetensors").read_bytes())
     assert table(tmp_path) == table(trained)
-    run(tmp_path, "train.py", "--epochs", 1, *TINY, "--seed", 1)
+    run(tmp_path, "train.py", "--epochs", 1, *TINY, "--seed", 1, "--restart")
     assert table(tmp_path) != table(trained)[:6]
 
 
-def test_settings_in_the_file_and_flags_do_the_same(tmp_path):
+def test_settings_in_the_file_and_flags_do_the_same(trained, tmp_path):
+    """`run` joins the script's path to ROOT, so an absolute one runs a copy."""
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / "train.py").read_text()
+    for name, line in {
+            "epochs": "epochs = 2", "width": "width = 8 # narrow", "batch_size": "batch_size=16",
+            "beta1": "beta1 = 0.5", "sample_every": "sample_every = 4  # often",
+            "log_every": "log_every = 3", "g_steps": "g_steps = 2"}.items():
+        text, count = re.subn(rf"^{name} = .*$", line.replace("=16", " = 16"), text, flags=re.M)
+        assert count == 1
+    (tmp_path / "train.py").write_text(text)
+    run(tmp_path, tmp_path / "train.py", "--beta2", "0.999")
+    assert table(tmp_path) == table(trained)
+    broken = re.sub("^batch_size = .*$", "batch_size = 0", text, flags=re.M)
+    (tmp_path / "train.py").write_text(broken)
+    assert "batch_size" in complaint(tmp_path, tmp_path / "train.py", status=2)
+    whole = re.sub("^beta1 = .*$", "beta1 = 0", text, flags=re.M)  # 0 for 0.0
+    (tmp_path / "train.py").write_text(whole)
+    assert "beta1 0.5 (now 0.4)" in complaint(tmp_path, tmp_path / "train.py", "--beta1", 0.4)
+
+
+def test_help_lists_the_settings_of_the_text(tmp_path):
     printed = run(tmp_path, "train.py", "--help")
     for name, value in {
             "learning_rate": 0.0002, "image_size": 64, "epochs": 8, "batch_size": 128,
@@ -176,6 +202,8 @@ def test_settings_in_the_file_and_flags_do_the_same(tmp_path):
     (["--batch_size", 0], ["batch_size", "0", "at least 1"]),
     (["--noise", "gaussian"], ["noise", "gaussian", "normal, uniform"]),
     (["--learning_rate", "nan"], ["learning_rate", "nan"]),
+    (["--beta1", "1"], ["beta1", "less than 1"]),
+    (["--seed", "99999999999999999999"], ["seed"]),
     (["--epochs", "many"], ["epochs", "many"]),
     (["--no_such_flag", 1], ["no_such_flag"]),
 ])
