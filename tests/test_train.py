@@ -122,32 +122,32 @@ def test_run_leaves_what_the_docstring_lists(trained):
 
 
 def test_losses_are_those_of_the_algorithm(trained):
-    """The csv of the run, against the algorithm written out once more."""
+    """The csv of the run, against the algorithm written out once more.
+
+    Only its first iterations: on Paddle 2.6 the two round differently, 1e-6 at the first, and a
+    GAN doubles such a difference with every iteration.
+    """
     paddle.seed(0)
     G, D = Generator(100, 64, 8), Discriminator(64, 8)
     d_optimizer, g_optimizer = (
         paddle.optimizer.Adam(0.0002, 0.5, 0.999, parameters=net.parameters()) for net in (D, G))
     reader = FaceReader(trained / "imgs", 64, 16, seed=0)
     rows = table(trained)
-    step = 0
-    for epoch in 1, 2:
-        for images in reader.epoch(epoch):
-            step += 1
-            z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal"))
-                 for k in (1, 2, 3)]
-            d_loss = loss(D(paddle.to_tensor(images / np.float32(127.5) - 1)), 1) + loss(
-                D(G(z[0]).detach()), 0)
-            d_loss.backward()
-            d_optimizer.step()
+    for step, images in zip((1, 2, 3), reader.epoch(1), strict=False):
+        z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal")) for k in (1, 2, 3)]
+        real = paddle.to_tensor(images / np.float32(127.5) - 1)
+        d_loss = loss(D(real), 1) + loss(D(G(z[0]).detach()), 0)
+        d_loss.backward()
+        d_optimizer.step()
+        d_optimizer.clear_grad()
+        for k in 1, 2:
+            g_loss = loss(D(G(z[k])), 1)
+            g_loss.backward()
+            g_optimizer.step()
             d_optimizer.clear_grad()
-            for k in 1, 2:
-                g_loss = loss(D(G(z[k])), 1)
-                g_loss.backward()
-                g_optimizer.step()
-                d_optimizer.clear_grad()
-                g_optimizer.clear_grad()
-            assert float(rows[step - 1]["d_loss"]) == pytest.approx(float(d_loss), rel=0.02)
-            assert float(rows[step - 1]["g_loss"]) == pytest.approx(float(g_loss), rel=0.02)
+            g_optimizer.clear_grad()
+        assert float(rows[step - 1]["d_loss"]) == pytest.approx(float(d_loss), rel=1e-4)
+        assert float(rows[step - 1]["g_loss"]) == pytest.approx(float(g_loss), rel=1e-4)
 
 
 def test_last_epoch_is_saved(trained):
