@@ -64,11 +64,11 @@ data_path = "imgs"       # folder of training images, searched recursively
 image_size = 64          # height and width of an image: 32, 64 or 128 (run pretreat.py with it too)
 # networks
 z_dim = 100              # length of a latent vector
-width = 64               # channels next to the image; 32 is three times as fast, and blurrier
+width = 64               # channels next to the image; 32 is twice as fast, but needs more epochs
 noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1): less diverse here
 # optimization
 epochs = 8               # passes over the images
-batch_size = 128         # images per iteration; 32 or 64 learns more a minute on a CPU
+batch_size = 128         # images per iteration; 16 or 32 learns more a minute on a CPU
 learning_rate = 0.0002   # Adam's, of both networks; halve it when the losses blow up
 beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient
@@ -379,7 +379,8 @@ def train(options):
                              f"finished after {step} iterations; pass more --epochs to go on"))
     rows = []
     if tensors and csv.exists():  # what came after the checkpoint will come again
-        rows = re.findall(r"^\d+,\d+,\d+,\S+,\S+\n", csv.read_text(errors="replace"), re.M)[:step]
+        rows = re.findall(r"^\d+,\d+,\d+,\S+,\S+\n", csv.read_text(errors="replace"), re.M)
+        rows = [row for row in rows if int(row.split(",")[0]) <= step]
     if len(rows) < step:
         say(f"{csv} lacks {step - len(rows)} iterations before the checkpoint")
     with replacing(csv) as file:

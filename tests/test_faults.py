@@ -163,7 +163,7 @@ def test_other_images_are_not_mixed_in(place, demo):
 
 def test_lost_table_of_losses_does_not_stop_a_run(place):
     run(place, "train.py", *MINI, "--epochs", 1)
-    for damage in b"", b"\xff\xfe\n1,1,1,0.5,0.5\n3,1,":
+    for damage in b"", b"\xff\xfe\n1,1,1,0.5,0.5\n9,2,1,0.5,0.5\n3,1,":
         (place / "Output" / "losses.csv").write_bytes(damage)
         printed = run(place, "train.py", *MINI, "--epochs", 1)
         assert f"losses.csv lacks {7 if damage else 8} iterations" in printed
