@@ -240,7 +240,8 @@ def grid(images, columns=None):
 def save_png(path, picture, sync=True):
     """Write a uint8 `[H, W, 3]` array, or a PIL image, as a PNG."""
     with replacing(path, sync) as file:
-        Image.fromarray(np.asarray(picture)).save(file, "PNG")
+        # Level 1 makes pretreat.py a quarter faster than the default 6, its crops 5% larger.
+        Image.fromarray(np.asarray(picture)).save(file, "PNG", compress_level=1)
 
 
 def save_grids(path, **grids):
