@@ -65,10 +65,10 @@ image_size = 64          # height and width of an image: 32, 64 or 128 (run pret
 # networks
 z_dim = 100              # length of a latent vector
 width = 64               # channels next to the image; 32 is twice as fast, but needs more epochs
-noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1): less diverse here
+noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1)
 # optimization
 epochs = 8               # passes over the images
-batch_size = 128         # images per iteration; 16 or 32 learns more a minute on a CPU
+batch_size = 128         # images per iteration; fewer on a CPU, where 128 take 5 s
 learning_rate = 0.0002   # Adam's, of both networks; halve it when the losses blow up
 beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient
@@ -291,8 +291,8 @@ def open_output(options, settings):
 # the run
 
 
-DIVERGED = ("a checkpoint from before is kept. What usually helps: half the --learning_rate, with"
-            " another --output_path or --restart")
+DIVERGED = ("the last checkpoint, if there is one, is kept. What usually helps: half the"
+            " --learning_rate, with another --output_path or --restart")
 
 
 class Stops:
@@ -443,6 +443,7 @@ def train(options):
                         f"{' without --restart' if options.restart else ''} goes on")
                     raise SystemExit(128 + stop)
 
+    # Once more, for a run that was killed between its last checkpoint and here.
     save_generator(output / "generator.safetensors", G, options.noise, step)
     draw_losses(csv, output / "losses.png")
     chosen = np.random.default_rng(options.seed).permutation(len(reader.images))[:100]

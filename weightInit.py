@@ -1,6 +1,6 @@
 """Initial weights (tutorial §3.3; Radford et al. 2015, §4).
 
-Used by network.py, which prepares the loading of Paddle and so must be imported before.
+Imported by network.py; import that one, since it prepares the loading of Paddle first.
 
 All weights start from a normal distribution with standard deviation 0.02: around 0 in
 convolutional, transposed convolutional and fully connected layers, around 1 for the scale of

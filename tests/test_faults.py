@@ -185,7 +185,7 @@ def test_signal_while_a_grid_is_drawn_waits_for_the_next_iteration(place, monkey
     assert info["step"] == steps(place) == 4
 
 
-def test_every_setting_either_changes_the_result_or_is_free(place):
+def test_checkpoint_names_the_settings_that_change_the_result(place):
     run(place, "train.py", *MINI, "--epochs", 1)
     _, info = read_tensors(place / "Output" / "checkpoint.safetensors", "checkpoint")
     assert sorted(info["settings"]) == [
