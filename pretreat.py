@@ -83,8 +83,11 @@ def find_photos(path):
             archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise Problem(f"{path} is neither a folder nor a whole zip: {error}") from error
-        # A worker process needs an offset in the file of its own.
-        os.register_at_fork(after_in_child=lambda: setattr(archive, "fp", open(path, "rb")))
+
+        def reopen():  # a worker process needs a place in the file of its own
+            archive.fp = open(path, "rb")  # noqa: SIM115
+
+        os.register_at_fork(after_in_child=reopen)
         items = {item.filename: item for item in archive.infolist()}  # the last of one name counts
         photos = [(name, lambda item=item: archive.open(item)) for name, item in items.items()
                   if not item.is_dir() and not name.startswith("__MACOSX/")

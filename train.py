@@ -76,6 +76,7 @@ d_steps = 1              # discriminator steps per iteration
 g_steps = 2              # generator steps per iteration; more when D wins (its loss goes to 0)
 seed = 0                 # of weights, order and latent vectors
 # the run
+amp = False              # mixed precision, on a GPU: bfloat16, or float16 on one before Ampere
 device = "auto"          # "gpu", "cpu", or "auto": the GPU if there is one that Paddle can use
 output_path = "Output"   # where everything is written
 log_every = 10           # iterations between updates of the bar and of losses.csv
@@ -87,38 +88,47 @@ restart = False          # move an earlier run in output_path aside instead of g
 # the algorithm
 
 
-def d_step(D, G, optimizer, real, z):
+def descend(loss, optimizer, scaler):
+    """One optimizer step down the gradient of a loss.
+
+    Args:
+        loss: 0-D tensor.
+        optimizer: of the parameters to change.
+        scaler: paddle.amp.GradScaler; not enabled unless training in float16.
+    """
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.clear_grad()
+
+
+def d_step(D, optimizer, scaler, real, fake):
     """Teach D to tell real images from generated ones: one Adam step on the sum of both losses.
 
     Args:
-        D, G: the networks; of G only the BN statistics move.
-        optimizer: of D's parameters.
-        real: images `[N, 3, S, S]` in [-1, 1].
-        z: latent vectors `[N, z_dim]`.
+        D: the discriminator.
+        optimizer, scaler: of D's parameters.
+        real, fake: images `[N, 3, S, S]` in [-1, 1]; no gradient flows on into `fake`.
 
     Returns:
         (loss, D(x), D(G(z))), 0-D tensors: the sum of the two losses in nats, and the mean
         probabilities of being real that D gave.
     """
-    with paddle.no_grad():
-        fake = G(z)
-    logits_real, logits_fake = D(real), D(fake)
+    logits_real, logits_fake = D(real), D(fake.detach())
     d_loss = loss(logits_real, 1) + loss(logits_fake, 0)
-    d_loss.backward()
-    optimizer.step()
-    optimizer.clear_grad()
+    descend(d_loss, optimizer, scaler)
     with paddle.no_grad():
         return (d_loss.detach(), F.sigmoid(margin(logits_real)).mean(),
                 F.sigmoid(margin(logits_fake)).mean())
 
 
-def g_step(D, G, optimizer, z):
+def g_step(D, optimizer, scaler, fake):
     """Teach G to make images that D calls real: one Adam step.
 
     Args:
-        D, G: the networks; D's parameters are frozen meanwhile.
-        optimizer: of G's parameters.
-        z: latent vectors `[N, z_dim]`.
+        D: the discriminator; its parameters are frozen meanwhile.
+        optimizer, scaler: of G's parameters.
+        fake: images `[N, 3, S, S]` that G made, with the way back to its parameters.
 
     Returns:
         The loss in nats, a 0-D tensor.
@@ -126,37 +136,69 @@ def g_step(D, G, optimizer, z):
     frozen = [parameter for parameter in D.parameters() if not parameter.stop_gradient]
     for parameter in frozen:
         parameter.stop_gradient = True
-    g_loss = loss(D(G(z)), 1)
-    g_loss.backward()
-    optimizer.step()
-    optimizer.clear_grad()
+    g_loss = loss(D(fake), 1)
+    descend(g_loss, optimizer, scaler)
     for parameter in frozen:
         parameter.stop_gradient = False
     return g_loss.detach()
 
 
-def iterate(D, G, d_optimizer, g_optimizer, images, options, step):
-    """One iteration: `d_steps` discriminator steps, then `g_steps` generator steps (§4).
+def iterate(nets, optimizers, scalers, images, z, d_steps, amp=None):
+    """One iteration: `d_steps` discriminator steps, then generator steps (§4).
+
+    The first generator step is on the images that the last discriminator step saw, which saves
+    making them again; D has changed since, so its verdict on them is new.
 
     Args:
-        images: uint8 array `[N, 3, S, S]`.
-        options: the settings.
-        step: number of the iteration; with the seed it determines the latent vectors.
+        nets, optimizers, scalers: dicts with the keys "D" and "G".
+        images: uint8 tensor `[N, 3, S, S]`.
+        z: latent vectors, a tensor `[draws, N, z_dim]`; there are draws - d_steps + 1 generator
+            steps.
+        d_steps: discriminator steps.
+        amp: "bfloat16" or "float16" for mixed precision, None for float32.
 
     Returns:
         Tensor `[4]`: D's loss, G's loss, D(x), D(G(z)), of the last step of each network. It stays
         on the device, so that the device need not be waited for.
     """
-    def z(draw):
-        return paddle.to_tensor(latent(
-            [options.seed, step, 0, draw + 1], [len(images), options.z_dim], options.noise))
-
-    real = paddle.to_tensor(images).astype("float32") / 127.5 - 1
-    for draw in range(options.d_steps):
-        d_loss, d_real, d_fake = d_step(D, G, d_optimizer, real, z(draw))
-    for draw in range(options.d_steps, options.d_steps + options.g_steps):
-        g_loss = g_step(D, G, g_optimizer, z(draw))
+    D, G = nets["D"], nets["G"]
+    real = images.astype("float32") / 127.5 - 1
+    # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
+    with paddle.amp.auto_cast(amp is not None, {"conv2d_transpose"}, dtype=amp or "float16"):
+        for draw in range(d_steps):
+            fake = G(z[draw])
+            d_loss, d_real, d_fake = d_step(D, optimizers["D"], scalers["D"], real, fake)
+        for draw in range(d_steps, len(z) + 1):
+            g_loss = g_step(D, optimizers["G"], scalers["G"], fake)
+            if draw < len(z):
+                fake = G(z[draw])
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
+
+
+class Batches(paddle.io.IterableDataset):
+    """What the iterations of an epoch need, for paddle.io.DataLoader.
+
+    Args:
+        reader: the FaceReader.
+        options: the settings.
+        step: number of iterations done; the epoch goes on from there.
+
+    Yields:
+        (images, z) as `iterate` takes them, as numpy arrays. (seed, number of the iteration)
+        determine the latent vectors.
+    """
+
+    def __init__(self, reader, options, step):
+        self.reader, self.options, self.step = reader, options, step
+
+    def __iter__(self):
+        options, step = self.options, self.step
+        epoch, start = divmod(step, len(self.reader))
+        for images in self.reader.epoch(epoch + 1, start):
+            step += 1
+            yield images, np.stack([
+                latent([options.seed, step, 0, draw], [len(images), options.z_dim], options.noise)
+                for draw in range(1, options.d_steps + options.g_steps)])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -186,7 +228,7 @@ def save_checkpoint(path, nets, optimizers, info):
     Args:
         path: of the file.
         nets, optimizers: the networks and their optimizers by name.
-        info: the step and the settings.
+        info: the step, the settings, the state of the scalers.
 
     Raises:
         Problem: a weight is not finite, or the file cannot be written.
@@ -247,8 +289,8 @@ def open_output(options, settings):
         settings: those that change the result, with what else must be the same to go on.
 
     Returns:
-        (folder, lock, tensors, step); tensors is None and step 0 for a new run. The folder is
-        this process's own as long as the file `lock` is open.
+        (folder, lock, tensors, info), what the checkpoint holds; tensors is None and the step in
+        info 0 for a new run. The folder is this process's own as long as the file `lock` is open.
 
     Raises:
         Problem: another process has it, or what is in it cannot be gone on from.
@@ -272,10 +314,10 @@ def open_output(options, settings):
     if not path.exists():
         if (folder / "generator.safetensors").exists():
             raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {ways}")
-        return folder, lock, None, 0
+        return folder, lock, None, {"step": 0}
     try:
         tensors, info = read_tensors(path, "checkpoint")
-        old, step = dict(info["settings"]), int(info["step"])
+        old, info["step"] = dict(info["settings"]), int(info["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise Problem(f"{path} is not a checkpoint that train.py saved; {ways}") from error
     except Problem as problem:
@@ -284,7 +326,7 @@ def open_output(options, settings):
                  for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
     if different:
         raise Problem(f"the run in {folder} has {', '.join(different)}: set it back, {ways}")
-    return folder, lock, tensors, step
+    return folder, lock, tensors, info
 
 
 # -------------------------------------------------------------------------------------------------
@@ -350,6 +392,15 @@ def draw_losses(source, path):
         figure.savefig(file, format="png", dpi=120)
 
 
+def amp_type(wanted):
+    """The type for mixed precision: bfloat16 on a GPU that has it, else float16; None on a CPU."""
+    if wanted and paddle.get_device() == "cpu":
+        say("amp is off: it is for GPUs")
+    if not wanted or paddle.get_device() == "cpu":
+        return None
+    return "bfloat16" if paddle.device.cuda.get_device_capability() >= (8, 0) else "float16"
+
+
 def train(options):
     """Train, from scratch or from the checkpoint, and write what the docstring of this file lists.
 
@@ -359,22 +410,29 @@ def train(options):
         SystemExit: after SIGINT or SIGTERM, once the iteration is done and saved.
     """
     use_device(options.device)
+    if paddle.get_device() != "cpu":
+        paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})
     reader = FaceReader(options.data_path, options.image_size, options.batch_size, options.seed)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings["images"] = f"{len(reader.images)} of digest {reader.digest[:8]}"
-    output, lock, tensors, step = open_output(options, settings)
+    output, lock, tensors, info = open_output(options, settings)
+    step = info["step"]
 
     paddle.seed(options.seed)
     G = Generator(options.z_dim, options.image_size, options.width)
     D = Discriminator(options.image_size, options.width)
-    d_optimizer, g_optimizer = (
-        paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
-                              parameters=net.parameters()) for net in (D, G))
-    nets, optimizers = {"G": G, "D": D}, {"G": g_optimizer, "D": d_optimizer}
+    nets = {"G": G, "D": D}
+    optimizers = {name: paddle.optimizer.Adam(
+        options.learning_rate, options.beta1, options.beta2, parameters=net.parameters())
+        for name, net in nets.items()}
+    amp = amp_type(options.amp)
+    scalers = {name: paddle.amp.GradScaler(amp == "float16") for name in nets}
     checkpoint, csv = output / "checkpoint.safetensors", output / "losses.csv"
     total = options.epochs * len(reader)
     if tensors:
         load_checkpoint(checkpoint, nets, optimizers, tensors)
+        for name, scaler in scalers.items():
+            scaler.load_state_dict(info["scalers"][name])  # does nothing unless it is enabled
         say(f"{output}: " + (f"going on after iteration {step} of {total}" if step < total else
                              f"finished after {step} iterations; pass more --epochs to go on"))
     rows = []
@@ -417,7 +475,11 @@ def train(options):
 
     def save():
         os.fsync(table.fileno())
-        save_checkpoint(checkpoint, nets, optimizers, {"step": step, "settings": settings})
+        states = {name: scaler.state_dict() for name, scaler in scalers.items()}
+        for state in filter(None, states.values()):  # empty unless it is enabled
+            state["scale"] = state["scale"].tolist()
+        save_checkpoint(checkpoint, nets, optimizers,
+                        {"step": step, "settings": settings, "scalers": states})
         save_generator(output / "generator.safetensors", G, options.noise, step)
 
     stops = Stops()
@@ -426,9 +488,11 @@ def train(options):
             unit="img", unit_scale=True) as bar:
         while step < total:
             epoch, start = divmod(step, len(reader))
-            for batch, images in enumerate(reader.epoch(epoch + 1, start), start + 1):
+            # The loader copies the next batch to the device while the present one computes.
+            loader = paddle.io.DataLoader(Batches(reader, options, step), batch_size=None)
+            for batch, (images, z) in enumerate(loader, start + 1):
                 step += 1
-                pending.append(iterate(D, G, d_optimizer, g_optimizer, images, options, step))
+                pending.append(iterate(nets, optimizers, scalers, images, z, options.d_steps, amp))
                 last, stop = batch == len(reader), stops.signal
                 sample = last or step % options.sample_every == 0
                 store = last or step % options.save_every == 0 or stop

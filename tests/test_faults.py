@@ -1,5 +1,6 @@
 """Nothing is lost: kills, full disks, damaged files, divergence, a second process."""
 
+import itertools
 import os
 import pickle
 import random
@@ -189,7 +190,7 @@ def test_checkpoint_names_the_settings_that_change_the_result(place):
     run(place, "train.py", *MINI, "--epochs", 1)
     _, info = read_tensors(place / "Output" / "checkpoint.safetensors", "checkpoint")
     assert sorted(info["settings"]) == [
-        "batch_size", "beta1", "beta2", "d_steps", "g_steps", "image_size",
+        "amp", "batch_size", "beta1", "beta2", "d_steps", "g_steps", "image_size",
         "images", "learning_rate", "noise", "seed", "width", "z_dim"]
 
 
@@ -206,19 +207,22 @@ def test_divergence_is_named_and_the_checkpoint_kept(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, MINI), "--save_every", "2"])
 
-    def poison(loss, weight):
-        def poisoned(D, G, d_optimizer, g_optimizer, images, options, step):
-            values = iterate(D, G, d_optimizer, g_optimizer, images, options, step)
-            if step == 11:
+    def poison(loss, weight, step):
+        steps = itertools.count(step + 1)
+
+        def poisoned(nets, *others):
+            values = iterate(nets, *others)
+            if next(steps) == 11:
                 values = values * loss
-                parameter = D.parameters()[0]
+                parameter = nets["D"].parameters()[0]
                 parameter.set_value(parameter * weight)
             return values
         return poisoned
 
     checkpoint = place / "Output" / "checkpoint.safetensors"
-    for loss, weight, word in (np.nan, 1, "loss of iteration 11"), (1, np.inf, "iteration 12"):
-        monkeypatch.setattr("train.iterate", poison(loss, weight))
+    for loss, weight, step, word in (
+            (np.nan, 1, 0, "loss of iteration 11"), (1, np.inf, 10, "iteration 12")):
+        monkeypatch.setattr("train.iterate", poison(loss, weight, step))
         with pytest.raises(Problem, match=word) as error:
             main()
         assert "--learning_rate" in str(error.value)

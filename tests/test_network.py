@@ -53,6 +53,33 @@ def test_shapes_and_range(size):
     np.testing.assert_array_equal(G(z).numpy(), G(z.reshape([3, 7, 1, 1])).numpy())
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_products_of_small_images_are_paddles_convolutions(size, monkeypatch):
+    paddle.seed(0)
+    G, D, z = Generator(7, size, 8), Discriminator(size, 8), paddle.randn([4, 7])
+
+    def results():
+        for net in G, D:
+            net.clear_gradients()
+        images = G(z)
+        loss(D(images), 1).backward()
+        return [images.numpy()] + [
+            value.grad.numpy() for net in (G, D) for value in net.parameters()
+            if not value.stop_gradient]
+
+    unfold, calls = paddle.nn.functional.unfold, []
+    monkeypatch.setattr("network.F.unfold", lambda *args, **named: (
+        calls.append(args), unfold(*args, **named))[1])
+    ours = results()
+    assert len(calls) == 2  # D's two deepest layers
+    monkeypatch.setattr("network.SMALL", 0)
+    theirs = results()
+    assert len(calls) == 2
+    assert len(ours) == len(theirs) > 15
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
 @pytest.mark.parametrize("build", [Discriminator, Generator])
 def test_other_sizes_are_refused(build):
     with pytest.raises(ValueError, match="48.*32, 64, 128"):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from dataReader import FaceReader
 from network import Discriminator, Generator, latent, loss
-from train import d_step, g_step, iterate
+from train import Batches, d_step, g_step, iterate, main
 
 import numpy as np
 import paddle
@@ -15,14 +15,19 @@ import pytest
 from conftest import ROOT, TINY, complaint, photo, run
 from PIL import Image
 
+SCALER = paddle.amp.GradScaler(False)
+
 
 @pytest.fixture
 def nets():
     paddle.seed(1)
-    G, D = Generator(5, 32, 4), Discriminator(32, 4)
-    d_optimizer, g_optimizer = (
-        paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=net.parameters()) for net in (D, G))
-    return G, D, d_optimizer, g_optimizer
+    return {"G": Generator(5, 32, 4), "D": Discriminator(32, 4)}
+
+
+@pytest.fixture
+def optimizers(nets):
+    return {name: paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=net.parameters())
+            for name, net in nets.items()}
 
 
 def weights(net):
@@ -33,70 +38,112 @@ def changed(before, net):
     return [bool((old != new).any()) for old, new in zip(before, weights(net), strict=True)]
 
 
-def test_d_step_teaches_d_and_leaves_g(nets):
-    G, D, optimizer, _ = nets
+def test_d_step_teaches_d_and_leaves_g(nets, optimizers):
+    G, D = nets["G"], nets["D"]
     real, z = paddle.rand([8, 3, 32, 32]) * 2 - 1, paddle.randn([8, 5])
     g_before, d_before = weights(G), weights(D)
-    first = [float(value) for value in d_step(D, G, optimizer, real, z)]
+
+    def step():
+        return [float(value) for value in d_step(D, optimizers["D"], SCALER, real, G(z))]
+
+    first = step()
     assert not any(changed(g_before, G))
+    assert all(value.grad is None for value in G.parameters())
     assert all(changed(d_before, D))
     for _ in range(20):
-        last = [float(value) for value in d_step(D, G, optimizer, real, z)]
+        last = step()
     assert last[0] < first[0]
     assert last[1] > 0.8  # D(x)
     assert last[2] < 0.2  # D(G(z))
 
 
-def test_d_loss_is_the_sum_of_both(nets):
-    G, D, optimizer, _ = nets
-    real, z = paddle.rand([8, 3, 32, 32]) * 2 - 1, paddle.randn([8, 5])
-    expected = float(loss(D(real), 1) + loss(D(G(z)), 0))
-    assert float(d_step(D, G, optimizer, real, z)[0]) == pytest.approx(expected, rel=1e-5)
+def test_d_loss_is_the_sum_of_both(nets, optimizers):
+    G, D = nets["G"], nets["D"]
+    real, fake = paddle.rand([8, 3, 32, 32]) * 2 - 1, G(paddle.randn([8, 5]))
+    expected = float(loss(D(real), 1) + loss(D(fake), 0))
+    found = d_step(D, optimizers["D"], SCALER, real, fake)[0]
+    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
-def test_g_step_teaches_g_and_leaves_d(nets):
-    G, D, _, optimizer = nets
+def test_g_step_teaches_g_and_leaves_d(nets, optimizers):
+    G, D = nets["G"], nets["D"]
     z = paddle.randn([8, 5])
     g_before, d_before = weights(G), weights(D)
-    first = float(g_step(D, G, optimizer, z))
+    first = float(g_step(D, optimizers["G"], SCALER, G(z)))
     assert all(changed(g_before, G))
     assert not any(changed(d_before, D))
     assert all(value.grad is None for value in D.parameters())
     assert len(weights(D)) == len(d_before)  # D can be taught again
     for _ in range(20):
-        last = float(g_step(D, G, optimizer, z))
+        last = float(g_step(D, optimizers["G"], SCALER, G(z)))
     assert last < first
 
 
-def test_one_iteration_is_one_d_step_and_two_g_steps(nets, monkeypatch):
+def test_one_iteration_is_one_d_step_and_two_g_steps(nets, optimizers, monkeypatch):
     calls = []
-    for optimizer, name in zip(nets[2:], "DG", strict=True):
+    for name, optimizer in optimizers.items():
         step = optimizer.step
         monkeypatch.setattr(
             optimizer, "step", lambda step=step, name=name: (calls.append(name), step()))
-    images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
-    options = SimpleNamespace(seed=3, z_dim=5, noise="normal", d_steps=1, g_steps=2)
-    values = iterate(nets[1], nets[0], *nets[2:], images, options, 7)
+    scalers = {"D": SCALER, "G": SCALER}
+    images, z = paddle.randint(0, 256, [8, 3, 32, 32]).astype("uint8"), paddle.randn([3, 8, 5])
+    values = iterate(nets, optimizers, scalers, images, z[:2], d_steps=1)
     assert calls == ["D", "G", "G"]
     assert values.shape == [4]
-    options.d_steps, options.g_steps = 3, 1
-    iterate(nets[1], nets[0], *nets[2:], images, options, 8)
+    iterate(nets, optimizers, scalers, images, z, d_steps=3)
     assert calls[3:] == ["D", "D", "D", "G"]
+
+
+def test_batches_hold_the_images_and_new_latents_for_every_draw(trained):
+    reader = FaceReader(trained / "imgs", 64, 16, seed=3)
+    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=3)
+    found = [batch for batch in Batches(reader, options, 6)]
+    assert len(found) == len(reader) == 6
+    for (images, z), expected in zip(found, reader.epoch(2), strict=True):
+        np.testing.assert_array_equal(images, expected)
+        assert z.shape == (3, 16, 5)
+    np.testing.assert_array_equal(found[0][1][1], latent([3, 7, 0, 2], [16, 5], "uniform"))
+    assert len(np.unique(np.stack([z for _, z in found]))) == 6 * 3 * 16 * 5
+    rest = iter(Batches(reader, options, 8))
+    for one, other in zip(rest, found[2:], strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
 
 
 def test_images_are_scaled_to_the_range_of_tanh(nets, monkeypatch):
     seen = []
-    monkeypatch.setattr("train.d_step", lambda D, G, optimizer, real, z: (
-        seen.append((real.numpy(), z.numpy())), *paddle.zeros([3]))[1:])
+    monkeypatch.setattr("train.d_step", lambda D, optimizer, scaler, real, fake: (
+        seen.append(real.numpy()), *paddle.zeros([3]))[1:])
+    monkeypatch.setattr("train.g_step", lambda *_: paddle.zeros([]))
     images = np.zeros([2, 3, 32, 32], np.uint8)
     images[1] = 255
-    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=1)
-    iterate(nets[1], nets[0], *nets[2:], images, options, 7)
-    [(real, z)] = seen
+    both = {"D": None, "G": None}
+    iterate(nets, both, both, paddle.to_tensor(images), paddle.randn([1, 2, 5]), d_steps=1)
+    [real] = seen
     assert real.dtype == np.float32
     assert (real[0] == -1).all()
     assert (real[1] == 1).all()
-    np.testing.assert_array_equal(z, latent([3, 7, 0, 1], [2, 5], "uniform"))
+
+
+def test_device_is_read_only_when_the_log_is_written(trained, tmp_path, monkeypatch):
+    """On a GPU every read of a tensor waits until all that was begun is done."""
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [
+        "train.py", *map(str, TINY), "--batch_size", "4", "--epochs", "1", "--log_every", "10",
+        "--sample_every", "1000"])
+    events = []
+    for name in "numpy", "item", "tolist", "__array__", "__float__", "__int__", "__bool__":
+        read = getattr(paddle.Tensor, name)
+        monkeypatch.setattr(paddle.Tensor, name, lambda *args, read=read, **named: (
+            events.append("read"), read(*args, **named))[1])
+    monkeypatch.setattr("train.iterate", lambda *args: (
+        iterate(*args), events.append("iteration"))[0])
+    main()
+    told = "".join(event[0] for event in events).split("i")  # reads before each iteration
+    assert len(told) == 26
+    assert [step for step, reads in enumerate(told) if reads] == [10, 20, 25]
+    assert told[10] == told[20] == "r"
 
 
 def table(folder):
@@ -134,7 +181,8 @@ def test_losses_are_those_of_the_algorithm(trained):
     reader = FaceReader(trained / "imgs", 64, 16, seed=0)
     rows = table(trained)
     for step, images in zip((1, 2, 3), reader.epoch(1), strict=False):
-        z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal")) for k in (1, 2, 3)]
+        # G's first step is on the latent vectors of D's
+        z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal")) for k in (1, 1, 2)]
         real = paddle.to_tensor(images / np.float32(127.5) - 1)
         d_loss = loss(D(real), 1) + loss(D(G(z[0]).detach()), 0)
         d_loss.backward()
