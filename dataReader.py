@@ -118,7 +118,11 @@ def make_folder(path):
         raise Problem(f"cannot make the folder {path}: {error.strerror}") from error
     for left in path.glob(".*.tmp"):
         process = left.name[1:].split("-")[0]
-        if process.isdigit() and not Path("/proc", process).exists():
+        try:
+            alive = not process.isdigit() or Path("/proc", process, "cmdline").read_bytes()
+        except OSError:
+            alive = False
+        if not alive:  # gone, or a zombie, which has no command line
             left.unlink(missing_ok=True)
     return path
 
