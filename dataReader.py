@@ -162,9 +162,11 @@ def in_processes(function, items, title, processes):
     """
     global _task
     _task = function, items
+    Image.preinit()  # here, once, and not in every worker
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin)
+    share = max(1, min(128, len(items) // (4 * processes)))
     try:
-        yield from tqdm(pool.map(_work, range(len(items)), chunksize=32), title, len(items),
+        yield from tqdm(pool.map(_work, range(len(items)), chunksize=share), title, len(items),
                         unit="img")
     except BrokenExecutor as error:
         raise Problem(f"{title}: a worker process was killed; out of memory?") from error
@@ -188,7 +190,7 @@ def _work(number):
 
 
 def list_files(folder):
-    """All files below a folder but hidden ones, as (path relative to it, os.DirEntry), sorted.
+    """Paths of all files below a folder but hidden ones, relative to it, sorted.
 
     Links are followed; what is neither a file nor a folder is named on stderr and left out.
     """
@@ -202,13 +204,13 @@ def list_files(folder):
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if entry.is_file():
+                    yield prefix + entry.name
+                elif entry.is_dir():
                     yield from walk(entry.path, f"{prefix}{entry.name}/")
-                elif entry.is_file():
-                    yield prefix + entry.name, entry
                 else:
                     say(f"skipped {entry.path}: a broken link, or no file")
-    return sorted(walk(folder, ""), key=lambda file: file[0])
+    return sorted(walk(folder, ""))
 
 
 def read_image(source):
@@ -356,9 +358,11 @@ def _packed(folder, size):
                       " photos, or `python pretreat.py --demo`, which needs no download")
     files = list_files(folder)
     state = hashlib.sha1(usedforsecurity=False)
-    for name, entry in files:
-        info = entry.stat()
+    place = os.open(folder, os.O_RDONLY)  # a tenth faster than whole paths
+    for name in files:
+        info = os.stat(name, dir_fd=place)
         state.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
+    os.close(place)
     path = folder / f".faces-{size}-{state.hexdigest()[:16]}.uint8"
     each = 3 * size * size
     if not path.exists() or path.stat().st_size % each != DIGEST:
@@ -375,11 +379,10 @@ def _pack(files, size, path):
     Raises:
         Problem: none of them is an image, or the packed file cannot be written.
     """
-    def decode(file):
+    def decode(name):
         """Return the pixels as bytes, or why there are none as a string."""
-        name, entry = file
         try:
-            image = read_image(entry.path)
+            image = read_image(path.parent / name)
         except Exception as error:  # PIL raises almost anything for a damaged file
             return f"skipped {path.parent / name}: {why_unreadable(error)}"
         if image.size != (size, size):

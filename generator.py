@@ -27,7 +27,7 @@ device = "auto"                              # "gpu", "cpu", or "auto": the GPU 
 # -------------------------------------------------------------------------------------------------
 
 BATCH = 100             # faces drawn at a time
-GRID_MOST = 100 * 100   # faces in faces.png; more could not be made out
+GRID_MOST = 32 * 32     # faces in faces.png, 2,114 pixels wide; more could not be made out
 
 
 def main():
@@ -43,10 +43,11 @@ def main():
             z = face_latents(options.seed, numbers, info["z_dim"], info["noise"])
             faces = draw_faces(generator, z)
             if start < GRID_MOST:
-                shown.append(faces)
+                shown.append(faces[:GRID_MOST - start])
             if options.individual:
                 for number, face in zip(numbers, faces, strict=True):
-                    save_png(folder / f"{number:06d}.png", face.transpose(1, 2, 0), sync=False)
+                    save_png(folder / f"{number:06d}.png", face.transpose(1, 2, 0), sync=False,
+                             level=0)
             bar.update(len(faces))
     save_png(folder / "faces.png", grid(np.concatenate(shown)))
     if options.individual and (others := len(list(folder.glob("*.png"))) - options.count - 1):

@@ -77,7 +77,7 @@ def find_photos(path):
         Problem: there is no such folder, or it is no zip, or empty.
     """
     if path.is_dir():
-        photos = [(name, lambda path=entry.path: path) for name, entry in list_files(path)]
+        photos = [(name, lambda name=name: path / name) for name in list_files(path)]
     elif path.is_file():
         try:
             archive = zipfile.ZipFile(path)
