@@ -68,7 +68,7 @@ width = 64               # channels next to the image; 32 is twice as fast, but 
 noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1)
 # optimization
 epochs = 8               # passes over the images
-batch_size = 128         # images per iteration; fewer on a CPU, where 128 take 5 s
+batch_size = 128         # images per iteration; fewer on a CPU, where 128 take 4 s
 learning_rate = 0.0002   # Adam's, of both networks; halve it when the losses blow up
 beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient
