@@ -27,7 +27,7 @@ device = "auto"                              # "gpu", "cpu", or "auto": the GPU 
 # -------------------------------------------------------------------------------------------------
 
 BATCH = 100             # faces drawn at a time
-GRID_MOST = 32 * 32     # faces in faces.png, 2,114 pixels wide; more could not be made out
+GRID_MOST = 32 * 32     # faces in faces.png; more could not be made out
 
 
 def main():
@@ -36,23 +36,27 @@ def main():
     generator, info = load_generator(options.checkpoint)
     folder = make_folder(options.output_path)
 
+    count = options.count
+    if count > GRID_MOST:
+        say(f"faces.png shows the first {GRID_MOST} faces"
+            + ("" if options.individual else "; for all, pass --individual too"))
+        count = count if options.individual else GRID_MOST
     shown = []
-    with tqdm(total=options.count, desc="drawing", unit="img") as bar:
-        for start in range(0, options.count, BATCH):
-            numbers = range(start, min(start + BATCH, options.count))
+    with tqdm(total=count, desc="drawing", unit="img") as bar:
+        for start in range(0, count, BATCH):
+            numbers = range(start, min(start + BATCH, count))
             z = face_latents(options.seed, numbers, info["z_dim"], info["noise"])
             faces = draw_faces(generator, z)
             if start < GRID_MOST:
                 shown.append(faces[:GRID_MOST - start])
             if options.individual:
                 for number, face in zip(numbers, faces, strict=True):
-                    save_png(folder / f"{number:06d}.png", face.transpose(1, 2, 0), sync=False,
-                             level=0)
+                    save_png(folder / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
             bar.update(len(faces))
     save_png(folder / "faces.png", grid(np.concatenate(shown)))
-    if options.individual and (others := len(list(folder.glob("*.png"))) - options.count - 1):
+    if options.individual and (others := len(list(folder.glob("*.png"))) - count - 1):
         say(f"{folder} also holds {others} PNGs of other runs")
-    print(f"{options.count} faces of a generator trained for {info['step']} iterations: {folder}")
+    print(f"{count} faces of a generator trained for {info['step']} iterations: {folder}")
 
 
 if __name__ == "__main__":

@@ -88,15 +88,16 @@ restart = False          # move an earlier run in output_path aside instead of g
 # the algorithm
 
 
-def descend(loss, optimizer, scaler):
+def descend(value, optimizer, scaler):
     """One optimizer step down the gradient of a loss.
 
     Args:
-        loss: 0-D tensor.
+        value: the loss, a 0-D tensor.
         optimizer: of the parameters to change.
-        scaler: paddle.amp.GradScaler; not enabled unless training in float16.
+        scaler: paddle.amp.GradScaler; not enabled unless training in float16, where it waits for
+            the device to see whether the gradient has overflowed.
     """
-    scaler.scale(loss).backward()
+    scaler.scale(value).backward()
     scaler.step(optimizer)
     scaler.update()
     optimizer.clear_grad()
@@ -168,10 +169,9 @@ def iterate(nets, optimizers, scalers, images, z, d_steps, amp=None):
         for draw in range(d_steps):
             fake = G(z[draw])
             d_loss, d_real, d_fake = d_step(D, optimizers["D"], scalers["D"], real, fake)
-        for draw in range(d_steps, len(z) + 1):
-            g_loss = g_step(D, optimizers["G"], scalers["G"], fake)
-            if draw < len(z):
-                fake = G(z[draw])
+        g_loss = g_step(D, optimizers["G"], scalers["G"], fake)
+        for draw in range(d_steps, len(z)):
+            g_loss = g_step(D, optimizers["G"], scalers["G"], G(z[draw]))
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
 
 
@@ -183,22 +183,30 @@ class Batches(paddle.io.IterableDataset):
         options: the settings.
         step: number of iterations done; the epoch goes on from there.
 
+    Attributes:
+        error: what ended the last pass before its end, or None. An exception in the loader's
+            thread would leave the training waiting for ever.
+
     Yields:
-        (images, z) as `iterate` takes them, as numpy arrays. (seed, number of the iteration)
-        determine the latent vectors.
+        (images, z), numpy arrays that the loader makes the tensors of that `iterate` takes. (seed,
+        number of the iteration) determine the latent vectors.
     """
 
     def __init__(self, reader, options, step):
-        self.reader, self.options, self.step = reader, options, step
+        self.reader, self.options, self.step, self.error = reader, options, step, None
 
     def __iter__(self):
         options, step = self.options, self.step
         epoch, start = divmod(step, len(self.reader))
-        for images in self.reader.epoch(epoch + 1, start):
-            step += 1
-            yield images, np.stack([
-                latent([options.seed, step, 0, draw], [len(images), options.z_dim], options.noise)
-                for draw in range(1, options.d_steps + options.g_steps)])
+        try:
+            for images in self.reader.epoch(epoch + 1, start):
+                step += 1
+                yield images, np.stack([
+                    latent([options.seed, step, 0, draw], [len(images), options.z_dim],
+                           options.noise)
+                    for draw in range(1, options.d_steps + options.g_steps)])
+        except Exception as error:
+            self.error = error
 
 
 # -------------------------------------------------------------------------------------------------
@@ -318,6 +326,7 @@ def open_output(options, settings):
     try:
         tensors, info = read_tensors(path, "checkpoint")
         old, info["step"] = dict(info["settings"]), int(info["step"])
+        info["scalers"] = {name: dict(info["scalers"][name]) for name in ("G", "D")}
     except (KeyError, TypeError, ValueError) as error:
         raise Problem(f"{path} is not a checkpoint that train.py saved; {ways}") from error
     except Problem as problem:
@@ -394,9 +403,10 @@ def draw_losses(source, path):
 
 def amp_type(wanted):
     """The type for mixed precision: bfloat16 on a GPU that has it, else float16; None on a CPU."""
-    if wanted and paddle.get_device() == "cpu":
+    if not wanted:
+        return None
+    if paddle.get_device() == "cpu":
         say("amp is off: it is for GPUs")
-    if not wanted or paddle.get_device() == "cpu":
         return None
     return "bfloat16" if paddle.device.cuda.get_device_capability() >= (8, 0) else "float16"
 
@@ -409,11 +419,14 @@ def train(options):
             a loss that is not finite.
         SystemExit: after SIGINT or SIGTERM, once the iteration is done and saved.
     """
+    # before the device is in use, since packing forks this process
+    reader = FaceReader(options.data_path, options.image_size, options.batch_size, options.seed)
     use_device(options.device)
     if paddle.get_device() != "cpu":
         paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})
-    reader = FaceReader(options.data_path, options.image_size, options.batch_size, options.seed)
+    amp = amp_type(options.amp)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings["amp"] = amp or "float32"
     settings["images"] = f"{len(reader.images)} of digest {reader.digest[:8]}"
     output, lock, tensors, info = open_output(options, settings)
     step = info["step"]
@@ -425,7 +438,6 @@ def train(options):
     optimizers = {name: paddle.optimizer.Adam(
         options.learning_rate, options.beta1, options.beta2, parameters=net.parameters())
         for name, net in nets.items()}
-    amp = amp_type(options.amp)
     scalers = {name: paddle.amp.GradScaler(amp == "float16") for name in nets}
     checkpoint, csv = output / "checkpoint.safetensors", output / "losses.csv"
     total = options.epochs * len(reader)
@@ -475,9 +487,9 @@ def train(options):
 
     def save():
         os.fsync(table.fileno())
-        states = {name: scaler.state_dict() for name, scaler in scalers.items()}
-        for state in filter(None, states.values()):  # empty unless it is enabled
-            state["scale"] = state["scale"].tolist()
+        # each is empty unless enabled; the scale is an array, which JSON cannot hold
+        states = {name: {key: np.asarray(value).tolist() for key, value in
+                         scaler.state_dict().items()} for name, scaler in scalers.items()}
         save_checkpoint(checkpoint, nets, optimizers,
                         {"step": step, "settings": settings, "scalers": states})
         save_generator(output / "generator.safetensors", G, options.noise, step)
@@ -489,7 +501,8 @@ def train(options):
         while step < total:
             epoch, start = divmod(step, len(reader))
             # The loader copies the next batch to the device while the present one computes.
-            loader = paddle.io.DataLoader(Batches(reader, options, step), batch_size=None)
+            batches = Batches(reader, options, step)
+            loader = paddle.io.DataLoader(batches, batch_size=None)
             for batch, (images, z) in enumerate(loader, start + 1):
                 step += 1
                 pending.append(iterate(nets, optimizers, scalers, images, z, options.d_steps, amp))
@@ -506,6 +519,8 @@ def train(options):
                     say(f"stopped after iteration {step}, which is saved: the same command"
                         f"{' without --restart' if options.restart else ''} goes on")
                     raise SystemExit(128 + stop)
+            if batches.error:
+                raise batches.error
 
     # Once more, for a run that was killed between its last checkpoint and here.
     save_generator(output / "generator.safetensors", G, options.noise, step)

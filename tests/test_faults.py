@@ -284,10 +284,15 @@ def test_full_disk_while_cropping(tmp_path):
     def tiny_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 
+    (tmp_path / "in" / "4.png").rename(tmp_path / "4.png")
+    run(tmp_path, "pretreat.py", "--input", "in")
+    for number in range(3):
+        (tmp_path / "imgs" / f"{number}.png").unlink()
+    (tmp_path / "4.png").rename(tmp_path / "in" / "4.png")
     line = complaint(tmp_path, "pretreat.py", "--input", "in", preexec_fn=tiny_disk)
     assert "cannot write imgs/" in line
-    assert not list((tmp_path / "imgs").iterdir())
-    assert "5 written" in run(tmp_path, "pretreat.py", "--input", "in")
+    assert [path.name for path in (tmp_path / "imgs").iterdir()] == ["3.png"]
+    assert "4 written, 1 already there" in run(tmp_path, "pretreat.py", "--input", "in")
     assert len(list((tmp_path / "imgs").iterdir())) == 5
 
 

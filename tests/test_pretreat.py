@@ -1,5 +1,6 @@
 """pretreat.py: photos become correct upright RGB crops, and no bad file stops the others."""
 
+import io
 import zipfile
 
 from pretreat import crop_face
@@ -53,6 +54,26 @@ def test_zip_is_read_in_place_and_found_by_default(tmp_path, photos):
     for name, pixels in crops(tmp_path / "imgs").items():
         np.testing.assert_array_equal(pixels, expected.pop(name))
     assert not expected
+
+
+def test_workers_read_one_zip_side_by_side(tmp_path):
+    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
+        for number in range(400):
+            file = io.BytesIO()
+            photo(mark=number).save(file, "PNG")
+            archive.writestr(f"{number:03d}.png", file.getvalue())
+    assert "400 written" in run(tmp_path, "pretreat.py", "--threads", 4)
+    for number in range(400):
+        crop = np.asarray(Image.open(tmp_path / "imgs" / f"{number:03d}.png"))
+        assert (crop[..., 2] == number % 256).all()
+
+
+def test_crop_leaves_the_metadata_behind(tmp_path):
+    (tmp_path / "in").mkdir()
+    photo().save(tmp_path / "in" / "1.jpg", icc_profile=b"profile" * 1000, comment=b"mine")
+    run(tmp_path, "pretreat.py", "--input", "in")
+    with Image.open(tmp_path / "imgs" / "1.png") as crop:
+        assert not crop.info
 
 
 def test_second_run_continues(tmp_path, photos):

@@ -1,8 +1,11 @@
 """dataReader.py: every image once an epoch, in an order that can be reached anywhere at once."""
 
+import os
 import shutil
+import signal
+import time
 
-from dataReader import FaceReader, Problem, grid, replacing
+from dataReader import FaceReader, Problem, grid, in_processes, replacing
 
 import numpy as np
 import pytest
@@ -213,3 +216,26 @@ def test_missing_folder_is_one_line_that_says_how_to_get_data(tmp_path):
     line = complaint(tmp_path, "dataReader.py")
     assert "imgs is not a folder" in line
     assert "python pretreat.py --demo" in line
+
+
+def test_workers_keep_the_order_and_end_when_the_loop_is_left(tmp_path):
+    assert list(in_processes(lambda k: k * k, range(1000), "all", 3)) == [
+        k * k for k in range(1000)]
+
+    def mark(number):
+        (tmp_path / str(number)).touch()
+        time.sleep(0.01)
+
+    results = in_processes(mark, range(2000), "some", 2)
+    next(results)
+    time.sleep(2)
+    assert len(list(tmp_path.iterdir())) < 1000  # no more than a few shares are ahead
+    begun = time.monotonic()
+    results.close()
+    assert time.monotonic() - begun < 2
+    assert len(list(tmp_path.iterdir())) < 1000
+
+
+def test_killed_worker_is_one_clear_line():
+    with pytest.raises(Problem, match="a worker process was killed"):
+        list(in_processes(lambda _: os.kill(os.getpid(), signal.SIGKILL), [1, 2], "all", 2))

@@ -3,6 +3,8 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 from dataReader import FaceReader
@@ -196,6 +198,43 @@ def test_losses_are_those_of_the_algorithm(trained):
             g_optimizer.clear_grad()
         assert float(rows[step - 1]["d_loss"]) == pytest.approx(float(d_loss), rel=1e-4)
         assert float(rows[step - 1]["g_loss"]) == pytest.approx(float(g_loss), rel=1e-4)
+
+
+def test_threads_and_kernels_change_rounding_only(trained, tmp_path, monkeypatch):
+    """network.py chooses both unless the user has."""
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
+    shown = subprocess.run(
+        [sys.executable, "-c", "import network, os; print(os.environ['OMP_NUM_THREADS'],"
+         " os.environ['MKL_DEBUG_CPU_TYPE'])"], cwd=ROOT, text=True, capture_output=True)
+    assert shown.stdout.split() == ["1", "4"]
+    run(tmp_path, "train.py", "--epochs", 1, *TINY)
+    for row, other in zip(table(tmp_path)[:3], table(trained), strict=False):
+        for name in "d_loss", "g_loss":
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3)
+
+
+def test_amp_is_off_on_a_cpu(trained, tmp_path):
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    assert "amp is off" in run(tmp_path, "train.py", "--epochs", 1, *TINY, "--amp")
+    assert table(tmp_path) == table(trained)[:6]
+    assert "going on after" in run(tmp_path, "train.py", "--epochs", 2, *TINY)
+
+
+def test_error_while_a_batch_is_read_ends_the_run(trained, tmp_path, monkeypatch):
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, TINY)])
+    epoch = FaceReader.epoch
+
+    def broken(self, *place):
+        yield next(epoch(self, *place))
+        raise OSError("read error")
+
+    monkeypatch.setattr("dataReader.FaceReader.epoch", broken)
+    with pytest.raises(OSError, match="read error"):
+        main()
 
 
 def test_last_epoch_is_saved(trained):
