@@ -12,6 +12,7 @@ import collections
 import contextlib
 import ctypes
 import hashlib
+import io
 import multiprocessing
 import os
 import re
@@ -287,9 +288,11 @@ def save_png(path, picture, quick=False):
     makes pretreat.py a third faster than zlib's level 1, and reading faster too, for 12 KB a crop
     in place of 4 to 9.
     """
+    encoded = io.BytesIO()  # in a file PIL would write it bit by bit, which takes a third longer
+    # as an array it has left behind the metadata of the photo
+    Image.fromarray(np.asarray(picture)).save(encoded, "PNG", compress_level=0 if quick else 1)
     with replacing(path, sync=not quick) as file:
-        # as an array it has left behind the metadata of the photo
-        Image.fromarray(np.asarray(picture)).save(file, "PNG", compress_level=0 if quick else 1)
+        file.write(encoded.getbuffer())
 
 
 def save_grids(path, **grids):
