@@ -66,9 +66,13 @@ def command_line(script, **limits):
     section = source.split("# settings")[1].split("\n# ---")[0]
     for name, text in re.findall(r"^([a-z]\w*) = .*?(?:\s#\s*(.*))?$", section, re.MULTILINE):
         value, limit = script[name], limits.get(name, script[name])
-        kind = type(limit[0] if isinstance(limit, (list, tuple)) else limit)
-        flag = ({"action": argparse.BooleanOptionalAction} if kind is bool
-                else {"type": kind, "metavar": kind.__name__})
+        kind = type(limit[0] if name in limits and isinstance(limit, (list, tuple)) else limit)
+        if kind is bool:
+            flag = {"action": argparse.BooleanOptionalAction}
+        elif kind is list:  # of integers
+            flag = {"type": int, "nargs": "+", "metavar": "int"}
+        else:
+            flag = {"type": kind, "metavar": kind.__name__}
         parser.add_argument(f"--{name}", default=value, **flag,
                             help=text.replace("%", "%%") + f" (default: {value})")
     options = parser.parse_args()
@@ -295,6 +299,19 @@ def save_png(path, picture, quick=False):
         file.write(encoded.getbuffer())
 
 
+def save_gif(path, frames, wait, rest):
+    """Write an endless animation.
+
+    Args:
+        path: the GIF to write.
+        frames: PIL images of one size, mode RGB; each gets 256 colours of its own.
+        wait, rest: milliseconds that a frame, and the last one, is shown.
+    """
+    with replacing(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[wait] * (len(frames) - 1) + [rest])
+
+
 def save_grids(path, **grids):
     """Draw grids of images side by side, each under its title (tutorial §5).
 
@@ -368,6 +385,11 @@ class FaceReader:
         for batch in range(start, len(self)):
             yield self.images[order[batch * self.batch_size:(batch + 1) * self.batch_size]]
 
+    def sample(self, count):
+        """Choose images to look at, by the seed alone: uint8 `[N, 3, S, S]`, N ≤ count."""
+        order = np.random.default_rng(self.seed).permutation(len(self.images))
+        return self.images[order[:count]]
+
 
 DIGEST = hashlib.sha1().digest_size  # bytes at the end of a packed file
 
@@ -436,9 +458,9 @@ def _pack(files, size, path):
 def main():
     options = command_line(globals(), image_size=SIZES, seed=0)
     reader = FaceReader(options.data_path, options.image_size, 1, options.seed)
-    chosen = np.random.default_rng(options.seed).permutation(len(reader.images))[:100]
+    chosen = reader.sample(100)
     path = make_folder(options.output_path) / "training_images.png"
-    save_png(path, grid(reader.images[chosen], columns=10))
+    save_png(path, grid(chosen, columns=10))
     print(f"{len(chosen)} of {len(reader.images)} images in {path}")
 
 

@@ -8,7 +8,8 @@
 Edit the settings below or pass them as flags. Everything is written to Output/:
 
     0003_0100.png           faces of the same latent vectors after epoch 3, batch 100
-    losses.csv losses.png   both losses, iteration by iteration
+    losses.csv losses.png   both losses, D(x) and D(G(z)), iteration by iteration
+    progress.gif            the first of those faces, from the first grid to the last
     real_vs_fake.png        training images beside generated ones, at the end
     generator.safetensors   what generator.py needs
     checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
@@ -19,6 +20,8 @@ import os
 import re
 import signal
 import threading
+import time
+from collections import deque
 from pathlib import Path
 
 from dataReader import (
@@ -28,8 +31,10 @@ from dataReader import (
     command_line,
     grid,
     make_folder,
+    read_image,
     replacing,
     run,
+    save_gif,
     save_grids,
     save_png,
     say,
@@ -38,8 +43,10 @@ from network import (
     NOISES,
     Discriminator,
     Generator,
+    average_weights,
     check_shapes,
     draw_faces,
+    estimate_statistics,
     face_latents,
     latent,
     load_state,
@@ -75,6 +82,7 @@ beta2 = 0.999            # Adam's decay of the mean squared gradient
 d_steps = 1              # discriminator steps per iteration
 g_steps = 2              # generator steps per iteration; more when D wins (its loss goes to 0)
 seed = 0                 # of weights, order and latent vectors
+ema_decay = 0.999        # of the average of G's weights, which faces are drawn with; 0: no average
 # the run
 amp = False              # mixed precision, on a GPU: bfloat16, or float16 on one before Ampere
 device = "auto"          # "gpu", "cpu", or "auto": the GPU if there is one that Paddle can use
@@ -231,11 +239,12 @@ def _adam(net):
 
 
 def save_checkpoint(path, nets, optimizers, info):
-    """Save all that training changes: both networks and Adam's moments and powers.
+    """Save all that training changes: the networks and Adam's moments and powers.
 
     Args:
         path: of the file.
-        nets, optimizers: the networks and their optimizers by name.
+        nets: the networks by name: G, D and the average of G.
+        optimizers: those of G and D.
         info: the step, the settings, the state of the scalers.
 
     Raises:
@@ -244,8 +253,9 @@ def save_checkpoint(path, nets, optimizers, info):
     tensors = {}
     for name, net in nets.items():
         tensors |= {f"{name}.{key}": value.numpy() for key, value in net.state_dict().items()}
-        state = optimizers[name].state_dict()
-        tensors |= {f"{name}.{own}": state[key].numpy() for own, key, _ in _adam(net)}
+        if name in optimizers:
+            state = optimizers[name].state_dict()
+            tensors |= {f"{name}.{own}": state[key].numpy() for own, key, _ in _adam(net)}
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise Problem(f"{name} is no longer finite at iteration {info['step']}; {DIVERGED}")
@@ -261,11 +271,12 @@ def load_checkpoint(path, nets, optimizers, tensors):
     check_shapes(tensors, {
         f"{name}.{key}": shape for name, net in nets.items() for key, shape in [
             *((key, value.shape) for key, value in net.state_dict().items()),
-            *((own, shape) for own, _, shape in _adam(net))]}, path)
+            *((own, shape) for own, _, shape in _adam(net) if name in optimizers)]}, path)
     for name, net in nets.items():
         load_state(net, {key: tensors[f"{name}.{key}"] for key in net.state_dict()}, path)
-        optimizers[name].set_state_dict({
-            key: paddle.to_tensor(tensors[f"{name}.{own}"]) for own, key, _ in _adam(net)})
+    for name, optimizer in optimizers.items():
+        optimizer.set_state_dict({key: paddle.to_tensor(tensors[f"{name}.{own}"])
+                                  for own, key, _ in _adam(nets[name])})
 
 
 def _lock(path):
@@ -379,7 +390,9 @@ class Stops:
 
 
 def draw_losses(source, path):
-    """Draw the losses of losses.csv (§5).
+    """Draw losses.csv (§5): the losses, and below them D(x) and D(G(z)).
+
+    The faint lines are the values, the strong ones their means over a fiftieth of the run.
 
     Args:
         source: the csv.
@@ -387,18 +400,60 @@ def draw_losses(source, path):
     """
     from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
 
-    step, _, _, d_loss, g_loss = np.genfromtxt(source, delimiter=",", ndmin=2)[1:].T
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(step, g_loss, label="generator G", linewidth=0.8)
-    axes.plot(step, d_loss, label="discriminator D", linewidth=0.8)
-    axes.set_title("Losses of generator and discriminator")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("loss (nats)")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    step, _, _, d_loss, g_loss, d_real, d_fake = np.genfromtxt(
+        source, delimiter=",", ndmin=2)[1:].T
+    span = max(1, len(step) // 50)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    losses, verdicts = figure.subplots(2, sharex=True)
+    for axes, color, label, values in (
+            (losses, "C0", "generator G", g_loss), (losses, "C1", "discriminator D", d_loss),
+            (verdicts, "C2", "D(x), real images", d_real),
+            (verdicts, "C3", "D(G(z)), generated images", d_fake)):
+        axes.plot(step, values, color, alpha=0.25, linewidth=0.5)
+        axes.plot(np.convolve(step, np.ones(span) / span, "valid"),
+                  np.convolve(values, np.ones(span) / span, "valid"), color, label=label)
+    losses.set_title("Losses of generator and discriminator")
+    losses.set_ylabel("loss (nats)")
+    losses.set_ylim(0, 1.1 * max(1, *np.quantile([d_loss, g_loss], 0.995, axis=1)))  # no spikes
+    verdicts.set_title("What the discriminator takes for real")
+    verdicts.set_ylabel("probability of being real")
+    verdicts.set_ylim(0, 1)
+    verdicts.set_xlabel("iteration")
+    for axes in losses, verdicts:
+        axes.legend(loc="upper right")
+        axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def draw_progress(folder, size):
+    """Make progress.gif of the grids in a folder: their first 6×6 faces, in 60 frames at most.
+
+    Args:
+        folder: the Path where the grids are, and where the GIF goes.
+        size: height and width of a face, pixels.
+    """
+    grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
+                   key=lambda path: [int(part) for part in path.stem.split("_")])
+    chosen = np.unique(np.linspace(0, len(grids) - 1, 60).round().astype(int))
+    edge = 6 * (size + 2) + 2
+    save_gif(folder / "progress.gif", [
+        read_image(grids[number]).crop((0, 0, edge, edge)) for number in chosen], 150, 2000)
+
+
+LONG = 300  # iterations without a success of G's after which D has won
+
+
+def d_has_won(recent):
+    """Whether D has not been fooled for long, while G's loss has risen.
+
+    Args:
+        recent: (G's loss, D(G(z))) of the last `LONG` iterations, or of fewer, which is too early.
+    """
+    if len(recent) < LONG:
+        return False
+    g_loss, d_fake = np.transpose(recent)
+    return d_fake.max() < 0.01 and g_loss[-LONG // 3:].mean() > g_loss[:LONG // 3].mean()
 
 
 def amp_type(wanted):
@@ -434,11 +489,13 @@ def train(options):
     paddle.seed(options.seed)
     G = Generator(options.z_dim, options.image_size, options.width)
     D = Discriminator(options.image_size, options.width)
-    nets = {"G": G, "D": D}
+    averaged = Generator(options.z_dim, options.image_size, options.width)
+    average_weights(averaged, G, 0)
+    nets = {"G": G, "D": D, "average": averaged}
     optimizers = {name: paddle.optimizer.Adam(
-        options.learning_rate, options.beta1, options.beta2, parameters=net.parameters())
-        for name, net in nets.items()}
-    scalers = {name: paddle.amp.GradScaler(amp == "float16") for name in nets}
+        options.learning_rate, options.beta1, options.beta2, parameters=nets[name].parameters())
+        for name in ("G", "D")}
+    scalers = {name: paddle.amp.GradScaler(amp == "float16") for name in optimizers}
     checkpoint, csv = output / "checkpoint.safetensors", output / "losses.csv"
     total = options.epochs * len(reader)
     if tensors:
@@ -449,22 +506,18 @@ def train(options):
                              f"finished after {step} iterations; pass more --epochs to go on"))
     rows = []
     if tensors and csv.exists():  # what came after the checkpoint will come again
-        rows = re.findall(r"^\d+,\d+,\d+,\S+,\S+\n", csv.read_text(errors="replace"), re.M)
+        rows = re.findall(r"^\d+,\d+,\d+(?:,\S+){4}\n", csv.read_text(errors="replace"), re.M)
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
     if len(rows) < step:
         say(f"{csv} lacks {step - len(rows)} iterations before the checkpoint")
     with replacing(csv) as file:
-        file.write("".join(["step,epoch,batch,d_loss,g_loss\n", *rows]).encode())
+        file.write("".join(["step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows]).encode())
 
     fixed_z = face_latents(options.seed, range(100), options.z_dim, options.noise)
 
-    def samples():
-        G.eval()
-        images = draw_faces(G, fixed_z)
-        G.train()
-        return images
-
     pending = []  # what the device has still to tell, one tensor an iteration
+    # G's loss and D(G(z)); emptied once D has won, so that it is said now and then
+    recent = deque(([float(row.split(",")[at]) for at in (4, 6)] for row in rows), maxlen=LONG)
 
     def log():
         values = paddle.stack(pending).numpy()
@@ -475,7 +528,9 @@ def train(options):
             if not np.isfinite(value).all():
                 raise Problem(f"the loss of iteration {at + 1} is not finite; {DIVERGED}")
             epoch, batch = divmod(at, len(reader))
-            lines += f"{at + 1},{epoch + 1},{batch + 1},{value[0]:.6g},{value[1]:.6g}\n"
+            lines += ",".join([f"{at + 1},{epoch + 1},{batch + 1}",
+                               *(f"{number:.6g}" for number in value)]) + "\n"
+            recent.append(value[[1, 3]])
         try:
             table.write(lines.encode())
         except OSError as error:
@@ -484,6 +539,11 @@ def train(options):
         bar.set_postfix_str(
             "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*values[-1]), False)
         bar.update(len(values) * options.batch_size)
+        if d_has_won(recent):
+            recent.clear()
+            say(f"iteration {step}: D has won, no face has fooled it for {LONG} iterations, and G"
+                " learns little. What usually helps: --g_steps 3, or half the --learning_rate,"
+                " with --restart or another --output_path; or more images")
 
     def save():
         os.fsync(table.fileno())
@@ -492,8 +552,14 @@ def train(options):
                          scaler.state_dict().items()} for name, scaler in scalers.items()}
         save_checkpoint(checkpoint, nets, optimizers,
                         {"step": step, "settings": settings, "scalers": states})
-        save_generator(output / "generator.safetensors", G, options.noise, step)
+        save_generator(output / "generator.safetensors", averaged, G, options.noise, step)
 
+    def record():
+        draw_losses(csv, output / "losses.png")
+        draw_progress(output, options.image_size)
+        return time.monotonic()
+
+    drawn = time.monotonic()
     stops = Stops()
     with open(csv, "ab", buffering=0) as table, stops, tqdm(
             total=max(step, total) * options.batch_size, initial=step * options.batch_size,
@@ -506,15 +572,23 @@ def train(options):
             for batch, (images, z) in enumerate(loader, start + 1):
                 step += 1
                 pending.append(iterate(nets, optimizers, scalers, images, z, options.d_steps, amp))
+                # Warmed up: at first the average spans the last tenth of the iterations, so that a
+                # short run does not draw with the weights that it began with.
+                average_weights(averaged, G, min(options.ema_decay, (1 + step) / (10 + step)))
                 last, stop = batch == len(reader), stops.signal
                 sample = last or step % options.sample_every == 0
                 store = last or step % options.save_every == 0 or stop
                 if sample or store or step % options.log_every == 0:
                     log()
+                if sample or store:
+                    estimate_statistics(averaged, options.noise)
                 if sample:
-                    save_png(output / f"{epoch + 1:04d}_{batch:04d}.png", grid(samples()))
+                    save_png(output / f"{epoch + 1:04d}_{batch:04d}.png",
+                             grid(draw_faces(averaged, fixed_z)))
                 if store:
                     save()
+                if last and time.monotonic() > drawn + 60:
+                    drawn = record()
                 if stop:
                     say(f"stopped after iteration {step}, which is saved: the same command"
                         f"{' without --restart' if options.restart else ''} goes on")
@@ -523,11 +597,11 @@ def train(options):
                 raise batches.error
 
     # Once more, for a run that was killed between its last checkpoint and here.
-    save_generator(output / "generator.safetensors", G, options.noise, step)
-    draw_losses(csv, output / "losses.png")
-    chosen = np.random.default_rng(options.seed).permutation(len(reader.images))[:100]
+    estimate_statistics(averaged, options.noise)
+    save_generator(output / "generator.safetensors", averaged, G, options.noise, step)
+    record()
     save_grids(output / "real_vs_fake.png",
-               Real_faces=reader.images[chosen], Generated_faces=samples())
+               Real_faces=reader.sample(100), Generated_faces=draw_faces(averaged, fixed_z))
     print(f"{step} iterations done; to draw faces:"
           f" python generator.py --checkpoint {output / 'generator.safetensors'}")
 
@@ -536,8 +610,8 @@ def main():
     options = command_line(
         globals(), image_size=SIZES, z_dim=1, width=1, noise=NOISES, epochs=1,
         batch_size=1, learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0], d_steps=1,
-        g_steps=1, seed=[0, 2**32], device=("auto", "gpu", "cpu"), log_every=1, sample_every=1,
-        save_every=1)
+        g_steps=1, seed=[0, 2**32], ema_decay=[0.0, 1.0], device=("auto", "gpu", "cpu"),
+        log_every=1, sample_every=1, save_every=1)
     train(options)
 
 

@@ -108,7 +108,7 @@ def net_child(path, count):
     if not Path(path).exists():
         generator = network.Generator()
         times(lambda _: generator(paddle.to_tensor(z)), range(8))
-        network.save_generator(path, generator, "normal", 0)
+        network.save_generator(path, generator, generator, "normal", 0)
     generator, _ = network.load_generator(path)
     taken, _ = times(lambda _: network.draw_faces(generator, z), range(1 + count // 100))
     return count / sum(taken[1:])

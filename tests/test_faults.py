@@ -255,13 +255,13 @@ def test_full_disk_leaves_the_checkpoint_whole(place):
 
 def test_full_disk_leaves_the_generator_whole(tmp_path):
     path = tmp_path / "generator.safetensors"
-    save_generator(path, Generator(8, 32, 4), "normal", 1)
+    save_generator(path, *[Generator(8, 32, 4)] * 2, "normal", 1)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(Problem, match="cannot write .*generator.safetensors"):
-            save_generator(path, Generator(8, 32, 4), "normal", 2)
+            save_generator(path, *[Generator(8, 32, 4)] * 2, "normal", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -362,7 +362,7 @@ def test_files_from_strangers_are_only_data(checkpoint, tmp_path):
 
     folder = checkpoint.folder
     foreign = tmp_path / "generator.safetensors"
-    save_generator(foreign, Generator(8, 32, 4), "normal", 1)
+    save_generator(foreign, *[Generator(8, 32, 4)] * 2, "normal", 1)
     try:
         for content in pickle.dumps(Trap()), checkpoint.data[:-1], foreign.read_bytes():
             checkpoint.path.write_bytes(content)

@@ -6,7 +6,9 @@ from dataReader import Problem
 from network import (
     Discriminator,
     Generator,
+    average_weights,
     draw_faces,
+    estimate_statistics,
     face_latents,
     latent,
     load_generator,
@@ -161,10 +163,11 @@ def test_faces_use_the_whole_range_of_levels():
 
 
 def test_generator_comes_back_from_its_file_alone(tmp_path):
-    G = Generator(7, 32, 8)
-    for _ in range(3):
-        G(paddle.randn([8, 7]))  # moves the running statistics
-    save_generator(tmp_path / "g", G, "uniform", 12)
+    G, raw = Generator(7, 32, 8), Generator(7, 32, 8)
+    for net in G, raw:
+        for _ in range(3):
+            net(paddle.randn([8, 7]))  # moves the running statistics
+    save_generator(tmp_path / "g", G, raw, "uniform", 12)
     again, info = load_generator(tmp_path / "g")
     assert info == {"kind": "generator", "z_dim": 7, "image_size": 32, "width": 8,
                     "noise": "uniform", "step": 12}
@@ -172,8 +175,24 @@ def test_generator_comes_back_from_its_file_alone(tmp_path):
     G.eval()
     z = paddle.randn([4, 7])
     np.testing.assert_array_equal(G(z).numpy(), again(z).numpy())
-    save_generator(tmp_path / "h", again, "uniform", 12)
+    save_generator(tmp_path / "h", again, raw, "uniform", 12)
+    estimate_statistics(raw, "uniform")
+    np.testing.assert_array_equal(
+        raw(z).numpy(), load_generator(tmp_path / "g", raw=True)[0](z).numpy())
     assert (tmp_path / "g").read_bytes() == (tmp_path / "h").read_bytes()
+
+
+def test_average_of_weights_moves_by_its_decay():
+    averaged, G = Generator(7, 32, 4), Generator(7, 32, 4)
+    before, state = [{name: value.numpy().copy() for name, value in net.state_dict().items()}
+                     for net in (averaged, G)]
+    average_weights(averaged, G, 0.75)
+    for name, value in averaged.state_dict().items():
+        statistics = name.endswith(("_mean", "_variance"))
+        np.testing.assert_allclose(value.numpy(), before[name] if statistics else
+                                   0.75 * before[name] + 0.25 * state[name], rtol=1e-5, atol=1e-7)
+    for name, value in G.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), state[name])
 
 
 def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
@@ -184,7 +203,7 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    save_generator(tmp_path / "g", Generator(7, 32, 8), "normal", 12)
+    save_generator(tmp_path / "g", *[Generator(7, 32, 8)] * 2, "normal", 12)
     good = (tmp_path / "g").read_bytes()
     for data in b"", b"text", good[:-1], good[:100], good + b"x":
         assert "is not a generator that train.py saved, or is damaged" in message(data)

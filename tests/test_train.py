@@ -8,8 +8,15 @@ import sys
 from types import SimpleNamespace
 
 from dataReader import FaceReader
-from network import Discriminator, Generator, latent, loss
-from train import Batches, d_step, g_step, iterate, main
+from network import (
+    Discriminator,
+    Generator,
+    latent,
+    load_generator,
+    loss,
+    read_tensors,
+)
+from train import Batches, d_step, draw_losses, g_step, iterate, main
 
 import numpy as np
 import paddle
@@ -158,16 +165,116 @@ def test_run_leaves_what_the_docstring_lists(trained):
     assert sorted(path.name for path in output.iterdir()) == [
         ".lock", "0001_0004.png", "0001_0006.png", "0002_0002.png", "0002_0006.png",
         "checkpoint.safetensors", "generator.safetensors", "losses.csv", "losses.png",
-        "real_vs_fake.png"]
+        "progress.gif", "real_vs_fake.png"]
     rows = table(trained)
-    assert list(rows[0]) == ["step", "epoch", "batch", "d_loss", "g_loss"]
+    assert list(rows[0]) == ["step", "epoch", "batch", "d_loss", "g_loss", "d_real", "d_fake"]
     assert [(int(row["step"]), int(row["epoch"]), int(row["batch"])) for row in rows] == [
         (6 * epoch + batch, epoch + 1, batch) for epoch in (0, 1) for batch in range(1, 7)]
     assert all(np.isfinite([float(row["d_loss"]), float(row["g_loss"])]).all() for row in rows)
+    assert all(0 < float(row[name]) < 1 for row in rows for name in ("d_real", "d_fake"))
     for path in output.glob("0*.png"):
         pixels = np.asarray(Image.open(path))
         assert pixels.shape == (662, 662, 3)
         assert len(np.unique(pixels)) > 20
+
+
+def test_progress_is_the_first_faces_of_the_grids(trained):
+    output = trained / "Output"
+    with Image.open(output / "progress.gif") as animation:
+        assert animation.n_frames == 4
+        for frame, name in enumerate(("0001_0004", "0001_0006", "0002_0002", "0002_0006")):
+            animation.seek(frame)
+            shown = np.asarray(animation.convert("RGB")).astype(int)
+            assert shown.shape == (6 * 66 + 2, 6 * 66 + 2, 3)
+            grid = np.asarray(Image.open(output / f"{name}.png"))[:398, :398]
+            assert abs(shown - grid).mean() < 8  # 256 colours
+
+
+def test_average_changes_nothing_in_training(trained, tmp_path):
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    run(tmp_path, "train.py", "--epochs", 2, *TINY, "--ema_decay", 0)
+    assert table(tmp_path) == table(trained)
+    tensors, other = (read_tensors(folder / "Output" / "generator.safetensors", "generator")[0]
+                      for folder in (tmp_path, trained))
+    name = "layers.1.0.weight"
+    np.testing.assert_array_equal(tensors[f"raw.{name}"], other[f"raw.{name}"])
+    np.testing.assert_allclose(tensors[name], tensors[f"raw.{name}"], atol=1e-6)  # no average
+    assert abs(other[name] - other[f"raw.{name}"]).max() > 1e-4
+
+
+def test_average_in_the_file_is_that_over_the_iterations(trained, tmp_path, monkeypatch):
+    """Of G as it is after each iteration, newer ones weighing more, (1 + t) / (10 + t)."""
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, TINY), "--epochs", "1",
+                                     "--ema_decay", "0.5"])
+    seen = []
+    monkeypatch.setattr("train.iterate", lambda nets, *rest: (
+        seen or seen.append(nets["G"].layers[1][0].weight.numpy().copy()),
+        iterate(nets, *rest), seen.append(nets["G"].layers[1][0].weight.numpy().copy()))[1])
+    main()
+    mean = seen[0]
+    for step, weight in enumerate(seen[1:], 1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * weight
+    assert len(seen) == 7
+    tensors, _ = read_tensors(tmp_path / "Output" / "generator.safetensors", "generator")
+    np.testing.assert_allclose(tensors["layers.1.0.weight"], mean, atol=1e-6)
+
+
+def test_eval_faces_have_mean_and_spread_of_train_faces(trained):
+    """With the statistics in the file; those that run along with batches of 4 do not do."""
+    path = trained / "Output" / "generator.safetensors"
+    z = paddle.to_tensor(latent([5], [1000, 100], "normal"))
+
+    def levels(net):
+        with paddle.no_grad():
+            faces = net(z).numpy()
+        return np.array([faces.mean(), faces.std(axis=0).mean()])
+
+    def off(net):
+        net.eval()
+        found = levels(net)
+        net.train()
+        mean, spread = levels(net)
+        return abs(found - [mean, spread]) / spread
+
+    for raw in False, True:
+        generator, _ = load_generator(path, raw)
+        assert (off(generator) < 0.02).all()
+        for step in range(8):
+            generator(paddle.to_tensor(latent([0, step], [4, 100], "normal")))
+        assert (off(generator) > 0.04).any()
+
+
+def test_line_says_when_d_has_won(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.LONG", 30)
+    for name, g_losses, fooled, said in (
+            ("won", np.linspace(5, 9, 36), 0.001, 1), ("once", np.linspace(5, 9, 36), 0.02, 0),
+            ("falling", np.linspace(9, 5, 36), 0.001, 0)):
+        values = iter(paddle.to_tensor(
+            np.stack([0 * g_losses, g_losses, 0 * g_losses + 1,
+                      np.where(np.arange(36) == 20, fooled, 0.001)], 1).astype(np.float32)))
+        monkeypatch.setattr(
+            "train.iterate", lambda *args, values=values: (iterate(*args), next(values))[1])
+        monkeypatch.setattr("sys.argv", [
+            "train.py", *map(str, TINY), "--epochs", "6", "--output_path", name])
+        main()
+        assert capsys.readouterr().err.count("D has won") == said, name
+
+
+def test_losses_are_drawn_however_many(tmp_path):
+    for count in 1, 12_000:
+        step = np.arange(1, count + 1)
+        rng = np.random.default_rng(0)
+        columns = step, 0 * step, step, rng.gamma(2, 0.5, count), rng.gamma(4, 1, count), \
+            rng.uniform(0.5, 1, count), rng.uniform(0, 0.5, count)
+        np.savetxt(tmp_path / "losses.csv", np.stack(columns, 1), delimiter=",", header="a", comments="")
+        draw_losses(tmp_path / "losses.csv", tmp_path / f"{count}.png")
+        pixels = np.asarray(Image.open(tmp_path / f"{count}.png"))
+        assert pixels.shape == (960, 1080, 4)
 
 
 def test_losses_are_those_of_the_algorithm(trained):
