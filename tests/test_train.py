@@ -271,7 +271,8 @@ def test_losses_are_drawn_however_many(tmp_path):
         rng = np.random.default_rng(0)
         columns = step, 0 * step, step, rng.gamma(2, 0.5, count), rng.gamma(4, 1, count), \
             rng.uniform(0.5, 1, count), rng.uniform(0, 0.5, count)
-        np.savetxt(tmp_path / "losses.csv", np.stack(columns, 1), delimiter=",", header="a", comments="")
+        np.savetxt(tmp_path / "losses.csv", np.stack(columns, 1), delimiter=",",
+                   header=",".join("abcdefg"), comments="")
         draw_losses(tmp_path / "losses.csv", tmp_path / f"{count}.png")
         pixels = np.asarray(Image.open(tmp_path / f"{count}.png"))
         assert pixels.shape == (960, 1080, 4)
