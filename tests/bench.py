@@ -1,8 +1,9 @@
-"""How fast every stage is on this CPU, against what a user would run instead.
+"""How fast every stage is on this CPU and how good the faces, against what users would run instead.
 
     python tests/bench.py                               # minutes; run nothing else meanwhile
     python tests/bench.py --torch elsewhere/bin/python  # a Python that has PyTorch
     python tests/bench.py --peers elsewhere/peers.py    # the script that times the others
+    python tests/bench.py --quality folder              # an hour: faces, not seconds; goes on there
 
 Ours and the peer run in turns, A B A B, since a machine's speed drifts; printed are the medians.
 Each of our measurements has a process of its own: `bench.py child-NAME ...` calls `NAME_child`.
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0))
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 FACES, MANY, CELEBA = 3000, 200_000, 202_599
+FACES_COMPARED = 2000
 
 # -------------------------------------------------------------------------------------------------
 # the children: each runs in a process of its own
@@ -112,6 +114,25 @@ def net_child(path, count):
     generator, _ = network.load_generator(path)
     taken, _ = times(lambda _: network.draw_faces(generator, z), range(1 + count // 100))
     return count / sum(taken[1:])
+
+
+def faces_child(path, which, target):
+    """Draw FACES_COMPARED faces into an npy file.
+
+    `which` is "averaged" or "raw" for what generator.py draws without and with `--raw`, or
+    "running" for the raw weights with the BN statistics that ran along in training.
+    """
+    import network
+
+    network.use_device("cpu")
+    generator, info = network.load_generator(path, raw=which != "averaged")
+    if which == "running":
+        tensors, _ = network.read_tensors(path, "generator")
+        network.load_state(generator, {name.removeprefix("raw."): value for name, value
+                                       in tensors.items() if name.startswith("raw.")}, path)
+    z = network.face_latents(1, range(FACES_COMPARED), info["z_dim"], info["noise"])
+    np.save(target, np.concatenate([
+        network.draw_faces(generator, part) for part in np.split(z, 20)]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -305,11 +326,90 @@ def growth(by_batch, folders):
         print(f"reader, {folder.name} images  start {show(start)} s  {show(rate)} img/s")
 
 
+# -------------------------------------------------------------------------------------------------
+# the faces
+
+
+def frechet(faces, real):
+    """Fréchet distance between two sets of images, on the first 64 principal components of `real`.
+
+    Both are uint8 `[N, 3, S, S]`; the distance is in units of [-1, 1], squared and summed over all
+    pixels. As FID, but without Inception: it sees layout, light and contrast rather than what is
+    in a picture, and is for comparisons on this data alone.
+    """
+    faces, real = (images.reshape(len(images), -1) / np.float32(127.5) - 1
+                   for images in (faces, real))
+    middle = real.mean(axis=0)
+    axes = np.linalg.svd(real - middle, full_matrices=False)[2][:64].T
+    (mean, spread), (real_mean, real_spread) = (
+        (at.mean(axis=0), np.cov(at.T)) for at in (((images - middle) @ axes).astype(np.float64)
+                                                   for images in (faces, real)))
+    values, vectors = np.linalg.eigh(real_spread)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ spread @ root).clip(0)).sum()
+    return float(((mean - real_mean) ** 2).sum() + np.trace(spread + real_spread) - 2 * shared)
+
+
+def quality(folder, torch):
+    """Train on the demo faces, ours and PyTorch's example, and compare what they draw.
+
+    `folder` keeps the runs, so that it goes on where it was stopped, and a grid a row. `torch` is
+    a Python that has PyTorch, or None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "imgs").exists():
+        subprocess.run([sys.executable, ROOT / "pretreat.py", "--demo"], cwd=folder, check=True)
+    real = FaceReader(folder / "imgs", 64, 64, 0).images
+    np.save(folder / "real.npy", real)
+    print(f"{'':44}{'seed 0':>9}{'seed 1':>9}{'mean':>9}{'ratio':>9}")
+
+    def compare(title, draws, peer=None):
+        """Print the row of functions that return faces; return its mean."""
+        found = []
+        for number, draw in enumerate(draws):
+            faces = draw()
+            if number == 0:
+                dataReader.save_png(folder / f"{title}.png".replace(" ", "_").replace("'", ""),
+                                    dataReader.grid(faces[:20], columns=10))
+            found.append(frechet(faces, real))
+        cells = [*map(show, found), *[""] * (2 - len(found)), show(np.mean(found)),
+                 f"{np.mean(found) / peer:.2f}" if peer else ""]
+        print(f"{title:44}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
+        return np.mean(found)
+
+    def ours(which, seed, *flags):
+        """Faces of a run of train.py, which is taken up if it is there."""
+        run = folder / "-".join(["ours", str(seed), *flags]).replace("--", "")
+        subprocess.run([sys.executable, ROOT / "train.py", "--data_path", folder / "imgs",
+                        "--batch_size", "64", "--epochs", "10", "--output_path", run,
+                        "--seed", str(seed), *flags], env=ENV, check=True)
+        child("faces", str(run / "generator.safetensors"), which, str(run / "faces.npy"))
+        return np.load(run / "faces.npy")
+
+    def theirs(mode, seed):
+        path = folder / f"torch-{seed}.npz"
+        if not path.exists():
+            output(torch, ROOT / "tests" / "dcgan_torch.py", folder / "real.npy", path,
+                   "--seed", seed)
+        return np.load(path)[mode]
+
+    peer = torch and min(compare(f"PyTorch's example, {mode} mode", [
+        lambda mode=mode, seed=seed: theirs(mode, seed) for seed in (0, 1)])
+        for mode in ("train", "eval"))
+    for title, which in (("raw, running statistics", "running"), ("raw, fresh statistics", "raw"),
+                         ("averaged, fresh statistics", "averaged")):
+        compare(title, [lambda which=which, seed=seed: ours(which, seed) for seed in (0, 1)], peer)
+    for flags in ("--noise", "uniform"), ("--g_steps", "1"):
+        compare("averaged, " + " ".join(flags)[2:], [
+            lambda flags=flags: ours("averaged", 0, *flags)], peer)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, default=ROOT.parent / "shared" / "peers" / "peers.py")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--quality", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     torch = subprocess.call([options.torch, "-c", "import torch"], stderr=subprocess.DEVNULL) == 0
 
@@ -321,6 +421,9 @@ def main():
     model = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
     paddle = output(sys.executable, "-c", "import paddle; print(paddle.__version__)").split()[-1]
     print(f"{model or 'unknown CPU'}, {CORES} cores, Paddle {paddle}, {date.today()}")
+    if options.quality:
+        quality(options.quality.resolve(), options.torch if torch else None)
+        return
     if not options.peers.exists():
         print(f"{options.peers} is not there: no peers")
     elif not torch:
