@@ -4,6 +4,7 @@
     python train.py --batch_size 16 --learning_rate 0.0005 --epochs 6   # the demo, on a CPU
     python train.py --data_path photos --output_path Output/photos
     python train.py --restart                         # not go on with the run in Output/
+    python -m paddle.distributed.launch --devices 0,1 train.py          # on two GPUs
 
 Edit the settings below or pass them as flags. Everything is written to Output/:
 
@@ -15,7 +16,10 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
     checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
 """
 
+import contextlib
+import ctypes
 import fcntl
+import hashlib
 import os
 import re
 import signal
@@ -60,6 +64,7 @@ from network import (
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 from paddle.nn import functional as F
 from tqdm import tqdm
 
@@ -75,7 +80,7 @@ width = 64               # channels next to the image; 32 is twice as fast, but 
 noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1)
 # optimization
 epochs = 8               # passes over the images
-batch_size = 128         # images per iteration; fewer on a CPU, where 128 take 4 s
+batch_size = 128         # images per iteration and process; fewer on a CPU, where 128 take 4 s
 learning_rate = 0.0002   # Adam's, of both networks; halve it when the losses blow up
 beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient
@@ -97,7 +102,7 @@ restart = False          # move an earlier run in output_path aside instead of g
 
 
 def descend(value, optimizer, scaler):
-    """One optimizer step down the gradient of a loss.
+    """One optimizer step down the gradient of a loss, which is averaged over the processes.
 
     Args:
         value: the loss, a 0-D tensor.
@@ -106,6 +111,9 @@ def descend(value, optimizer, scaler):
             the device to see whether the gradient has overflowed.
     """
     scaler.scale(value).backward()
+    # before the scaler looks for an overflow, so that all processes see it or none
+    average([parameter.grad for parameter in optimizer._parameter_list
+             if not parameter.stop_gradient])
     scaler.step(optimizer)
     scaler.update()
     optimizer.clear_grad()
@@ -190,6 +198,7 @@ class Batches(paddle.io.IterableDataset):
         reader: the FaceReader.
         options: the settings.
         step: number of iterations done; the epoch goes on from there.
+        offset: the step before epoch 1, see `epoch_offset`.
 
     Attributes:
         error: what ended the last pass before its end, or None. An exception in the loader's
@@ -197,24 +206,119 @@ class Batches(paddle.io.IterableDataset):
 
     Yields:
         (images, z), numpy arrays that the loader makes the tensors of that `iterate` takes. (seed,
-        number of the iteration) determine the latent vectors.
+        number of the iteration, rank) determine the latent vectors.
     """
 
-    def __init__(self, reader, options, step):
+    def __init__(self, reader, options, step, offset=0):
         self.reader, self.options, self.step, self.error = reader, options, step, None
+        self.offset = offset
 
     def __iter__(self):
         options, step = self.options, self.step
-        epoch, start = divmod(step, len(self.reader))
+        epoch, start = divmod(step - self.offset, len(self.reader))
         try:
             for images in self.reader.epoch(epoch + 1, start):
                 step += 1
                 yield images, np.stack([
-                    latent([options.seed, step, 0, draw], [len(images), options.z_dim],
-                           options.noise)
+                    latent([options.seed, step, self.reader.rank, draw],
+                           [len(images), options.z_dim], options.noise)
                     for draw in range(1, options.d_steps + options.g_steps)])
         except Exception as error:
             self.error = error
+
+
+# -------------------------------------------------------------------------------------------------
+# several processes, one a device, started by Paddle's launcher; a single one needs nobody
+
+
+def average(tensors):
+    """Set tensors to their mean over the processes, in one message; float32, the same on all."""
+    if dist.get_world_size() > 1:
+        with paddle.no_grad():
+            flat = paddle.concat([tensor.reshape([-1]) for tensor in tensors])
+            dist.all_reduce(flat)
+            parts = paddle.split(
+                flat / dist.get_world_size(), [int(np.prod(tensor.shape)) for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                paddle.assign(part.reshape(tensor.shape), tensor)
+
+
+def from_first(value):
+    """Return, on all processes, what the one of rank 0 has."""
+    values = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def check_same(value, what):
+    """Check that all processes have the same value.
+
+    Raises:
+        Problem: they have not; `what` is named.
+    """
+    values = [value]
+    if dist.get_world_size() > 1:
+        values.clear()
+        dist.all_gather_object(values, value)
+    if any(other != value for other in values):
+        raise Problem(f"{what} differ between the processes")
+
+
+def begin(options):
+    """Make the FaceReader of this process, have the device used, and join the other processes.
+
+    The first process on a machine packs the images, the others wait for it.
+
+    Raises:
+        Problem: see FaceReader and `use_device`; or the processes have not the same settings and
+            images.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    first = os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
+    if world > 1:
+        # The launcher ends all when one has ended, or it is told to; if it is killed, they end too.
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def make():
+        return FaceReader(options.data_path, options.image_size, options.batch_size, options.seed,
+                          rank, world)
+
+    if first:  # before the device is in use, since packing forks this process
+        reader = make()
+    else:
+        say("waiting for the first process, which packs the images if need be")
+    use_device(options.device)
+    if world > 1:
+        dist.init_parallel_env()
+        dist.barrier()
+    if not first:
+        reader = make()
+    check_same((vars(options), reader.digest), "the settings or the images")
+    return reader
+
+
+def epoch_offset(info, reader):
+    """The step before epoch 1, had all epochs the length they have with this many processes.
+
+    Args:
+        info: of the checkpoint to go on from.
+        reader: the FaceReader, which knows the length of an epoch.
+
+    Raises:
+        Problem: the number of processes is another, and the epoch is not at its end.
+    """
+    if info["processes"] == reader.world_size:
+        return info["offset"]
+    epochs, batch = divmod(info["step"] - info["offset"], info["batches"])
+    if batch:
+        raise Problem(
+            f"the run had {info['processes']} processes, not {reader.world_size}, and is at batch"
+            f" {batch} of {info['batches']}: start as many as it had, since the number can change"
+            " only between two epochs")
+    return info["step"] - epochs * len(reader)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -308,8 +412,8 @@ def open_output(options, settings):
         settings: those that change the result, with what else must be the same to go on.
 
     Returns:
-        (folder, lock, tensors, info), what the checkpoint holds; tensors is None and the step in
-        info 0 for a new run. The folder is this process's own as long as the file `lock` is open.
+        (folder, lock, tensors, info), what the checkpoint holds; tensors and info are None for a
+        new run. The folder is this process's own as long as the file `lock` is open.
 
     Raises:
         Problem: another process has it, or what is in it cannot be gone on from.
@@ -333,10 +437,12 @@ def open_output(options, settings):
     if not path.exists():
         if (folder / "generator.safetensors").exists():
             raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {ways}")
-        return folder, lock, None, {"step": 0}
+        return folder, lock, None, None
     try:
         tensors, info = read_tensors(path, "checkpoint")
-        old, info["step"] = dict(info["settings"]), int(info["step"])
+        old = dict(info["settings"])
+        for name in "step", "processes", "batches", "offset":
+            info[name] = int(info[name])
         info["scalers"] = {name: dict(info["scalers"][name]) for name in ("G", "D")}
     except (KeyError, TypeError, ValueError) as error:
         raise Problem(f"{path} is not a checkpoint that train.py saved; {ways}") from error
@@ -474,17 +580,17 @@ def train(options):
             a loss that is not finite.
         SystemExit: after SIGINT or SIGTERM, once the iteration is done and saved.
     """
-    # before the device is in use, since packing forks this process
-    reader = FaceReader(options.data_path, options.image_size, options.batch_size, options.seed)
-    use_device(options.device)
+    reader = begin(options)
+    rank, world = reader.rank, reader.world_size
     if paddle.get_device() != "cpu":
         paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})
     amp = amp_type(options.amp)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings["amp"] = amp or "float32"
     settings["images"] = f"{len(reader.images)} of digest {reader.digest[:8]}"
-    output, lock, tensors, info = open_output(options, settings)
-    step = info["step"]
+    output, lock, tensors, info = open_output(options, settings) if rank == 0 else [None] * 4
+    output, tensors, info = from_first((output, tensors, info))
+    step, offset = (info["step"], epoch_offset(info, reader)) if info else (0, 0)
 
     paddle.seed(options.seed)
     G = Generator(options.z_dim, options.image_size, options.width)
@@ -497,21 +603,27 @@ def train(options):
         for name in ("G", "D")}
     scalers = {name: paddle.amp.GradScaler(amp == "float16") for name in optimizers}
     checkpoint, csv = output / "checkpoint.safetensors", output / "losses.csv"
-    total = options.epochs * len(reader)
+    total = offset + options.epochs * len(reader)
     if tensors:
         load_checkpoint(checkpoint, nets, optimizers, tensors)
         for name, scaler in scalers.items():
             scaler.load_state_dict(info["scalers"][name])  # does nothing unless it is enabled
         say(f"{output}: " + (f"going on after iteration {step} of {total}" if step < total else
                              f"finished after {step} iterations; pass more --epochs to go on"))
+    if world > 1:
+        for net in nets.values():
+            for value in net.state_dict().values():
+                dist.broadcast(value, 0)
     rows = []
     if tensors and csv.exists():  # what came after the checkpoint will come again
         rows = re.findall(r"^\d+,\d+,\d+(?:,\S+){4}\n", csv.read_text(errors="replace"), re.M)
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
-    if len(rows) < step:
+    if len(rows) < step and rank == 0:
         say(f"{csv} lacks {step - len(rows)} iterations before the checkpoint")
-    with replacing(csv) as file:
-        file.write("".join(["step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows]).encode())
+    if rank == 0:
+        with replacing(csv) as file:
+            file.write("".join(
+                ["step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows]).encode())
 
     fixed_z = face_latents(options.seed, range(100), options.z_dim, options.noise)
 
@@ -520,14 +632,16 @@ def train(options):
     recent = deque(([float(row.split(",")[at]) for at in (4, 6)] for row in rows), maxlen=LONG)
 
     def log():
-        values = paddle.stack(pending).numpy()
+        values = paddle.stack(pending)
+        average([values])
+        values = values.numpy()
         first = step - len(pending)
         pending.clear()
         lines = ""
         for at, value in enumerate(values, first):
             if not np.isfinite(value).all():
                 raise Problem(f"the loss of iteration {at + 1} is not finite; {DIVERGED}")
-            epoch, batch = divmod(at, len(reader))
+            epoch, batch = divmod(at - offset, len(reader))
             lines += ",".join([f"{at + 1},{epoch + 1},{batch + 1}",
                                *(f"{number:.6g}" for number in value)]) + "\n"
             recent.append(value[[1, 3]])
@@ -538,20 +652,27 @@ def train(options):
         bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {step}/{total}", False)
         bar.set_postfix_str(
             "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*values[-1]), False)
-        bar.update(len(values) * options.batch_size)
-        if d_has_won(recent):
+        bar.update(len(values) * options.batch_size * world)
+        if d_has_won(recent) and rank == 0:
             recent.clear()
             say(f"iteration {step}: D has won, no face has fooled it for {LONG} iterations, and G"
                 " learns little. What usually helps: --g_steps 3, or half the --learning_rate,"
                 " with --restart or another --output_path; or more images")
 
     def save():
+        if world > 1:
+            digest = hashlib.sha256(b"".join(
+                value.numpy().tobytes() for net in (G, D) for value in net.parameters()))
+            check_same(digest.hexdigest(), f"the networks at iteration {step}")
+        if rank:
+            return
         os.fsync(table.fileno())
         # each is empty unless enabled; the scale is an array, which JSON cannot hold
         states = {name: {key: np.asarray(value).tolist() for key, value in
                          scaler.state_dict().items()} for name, scaler in scalers.items()}
-        save_checkpoint(checkpoint, nets, optimizers,
-                        {"step": step, "settings": settings, "scalers": states})
+        save_checkpoint(checkpoint, nets, optimizers, {
+            "step": step, "settings": settings, "scalers": states, "processes": world,
+            "batches": len(reader), "offset": offset})
         save_generator(output / "generator.safetensors", averaged, G, options.noise, step)
 
     def record():
@@ -561,13 +682,15 @@ def train(options):
 
     drawn = time.monotonic()
     stops = Stops()
-    with open(csv, "ab", buffering=0) as table, stops, tqdm(
-            total=max(step, total) * options.batch_size, initial=step * options.batch_size,
-            unit="img", unit_scale=True) as bar:
+    each = options.batch_size * world
+    with (open(os.devnull if rank else csv, "ab", buffering=0) as table,
+          stops if world == 1 else contextlib.nullcontext(),
+          tqdm(total=max(step, total) * each, initial=step * each, unit="img", unit_scale=True,
+               disable=rank > 0) as bar):
         while step < total:
-            epoch, start = divmod(step, len(reader))
+            epoch, start = divmod(step - offset, len(reader))
             # The loader copies the next batch to the device while the present one computes.
-            batches = Batches(reader, options, step)
+            batches = Batches(reader, options, step, offset)
             loader = paddle.io.DataLoader(batches, batch_size=None)
             for batch, (images, z) in enumerate(loader, start + 1):
                 step += 1
@@ -581,13 +704,16 @@ def train(options):
                 if sample or store or step % options.log_every == 0:
                     log()
                 if sample or store:
-                    estimate_statistics(averaged, options.noise)
-                if sample:
+                    average([value for net in (G, D) for value in net.parameters()
+                             if value.stop_gradient])  # BN's statistics
+                    if rank == 0:
+                        estimate_statistics(averaged, options.noise)
+                if sample and rank == 0:
                     save_png(output / f"{epoch + 1:04d}_{batch:04d}.png",
                              grid(draw_faces(averaged, fixed_z)))
                 if store:
                     save()
-                if last and time.monotonic() > drawn + 60:
+                if last and rank == 0 and time.monotonic() > drawn + 60:
                     drawn = record()
                 if stop:
                     say(f"stopped after iteration {step}, which is saved: the same command"
@@ -596,6 +722,8 @@ def train(options):
             if batches.error:
                 raise batches.error
 
+    if rank:
+        return
     # Once more, for a run that was killed between its last checkpoint and here.
     estimate_statistics(averaged, options.noise)
     save_generator(output / "generator.safetensors", averaged, G, options.noise, step)

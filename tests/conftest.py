@@ -1,5 +1,6 @@
 """What the tests share: the scripts run as a user runs them, and small real photos."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def link_images(source, target, number):
     target.mkdir()
     for path in sorted(source.glob("*.png"))[:number]:
         (target / path.name).symlink_to(path)
+
+
+def table(folder):
+    """Rows of a run's losses.csv."""
+    with open(folder / "Output" / "losses.csv") as file:
+        return list(csv.DictReader(file))
 
 
 TINY = ("--width", 8, "--batch_size", 16, "--sample_every", 4, "--log_every", 3)

@@ -1,6 +1,5 @@
 """train.py: the algorithm of §4, and the files a run leaves behind."""
 
-import csv
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from train import Batches, d_step, draw_losses, g_step, iterate, main
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, TINY, complaint, photo, run
+from conftest import ROOT, TINY, complaint, photo, run, table
 from PIL import Image
 
 SCALER = paddle.amp.GradScaler(False)
@@ -153,11 +152,6 @@ def test_device_is_read_only_when_the_log_is_written(trained, tmp_path, monkeypa
     assert len(told) == 26
     assert [step for step, reads in enumerate(told) if reads] == [10, 20, 25]
     assert told[10] == told[20] == "r"
-
-
-def table(folder):
-    with open(folder / "Output" / "losses.csv") as file:
-        return list(csv.DictReader(file))
 
 
 def test_run_leaves_what_the_docstring_lists(trained):
