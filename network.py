@@ -22,12 +22,14 @@ from pathlib import Path
 # Paddle reads these as it loads. It uses one thread unless told otherwise, and on AMD processors
 # its MKL picks the slowest kernels; 9 are those for AVX-512, 5 for AVX2. Measured on 2 AMD cores,
 # batch 128, Paddle 3.3: 19 s an iteration without, 5 s with 5, 4 s with 9. What the user has set
-# stays. Paddle's launcher hands down a 1 that nobody has set; its processes share the cores.
-_processes = int(os.environ.get("PADDLE_LOCAL_SIZE", 0))
-if _processes and os.environ.get("OMP_NUM_THREADS") == "1":
+# stays; but Paddle's launcher hands down a 1 that nobody has set, where the processes of a machine
+# are to share its cores.
+_places = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
+_here = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").split(":")[0]
+if _here and os.environ.get("OMP_NUM_THREADS") == "1":
     del os.environ["OMP_NUM_THREADS"]
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, _processes))))
+_share = len(os.sched_getaffinity(0)) // sum(place.split(":")[0] == _here for place in _places)
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
 _cpu = Path("/proc/cpuinfo").read_text()
 if "AuthenticAMD" in _cpu:
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "9" if "avx512_vnni" in _cpu else "5")

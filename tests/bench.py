@@ -44,14 +44,16 @@ FACES_COMPARED = 2000
 def trainer(batch, width, d_steps=1, g_rate=2e-4):
     """Build what train.py trains; return a function that does iteration `step` (from 1).
 
-    It returns an array: D's loss, G's loss, D(x), D(G(z)). All that is known here of train.py's
-    functions is in this one.
+    It returns an array: D's loss, G's loss, D(x), D(G(z)). On Paddle's launcher, all its processes
+    train together. All that is known here of train.py's functions is in this one.
     """
     from train import Discriminator, Generator, iterate, latent, use_device
 
     import paddle
 
     use_device("cpu")
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.init_parallel_env()
     nets = {"G": Generator(100, 64, width), "D": Discriminator(64, width)}
     optimizers = {name: paddle.optimizer.Adam(rate, 0.5, 0.999, parameters=nets[name].parameters())
                   for name, rate in (("G", g_rate), ("D", 2e-4))}
@@ -261,6 +263,18 @@ def training(peer, steady):
     return taken
 
 
+def together(folder):
+    """Row of two processes, which share the threads of the one they are compared with."""
+    def launched():
+        output(sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", 2,
+               "--backend", "gloo", "--log_dir", folder / "log", __file__,
+               "child-training", 32, 64, 5)
+        return 64 / float((folder / "log" / "workerlog.0").read_text().splitlines()[-1])
+
+    ours, alone = in_turns(launched, lambda: 64 / child("training", 64, 64, 5), turns=3)
+    row("2 processes of batch 32 | 1 of batch 64", "img/s", ours, alone, ">= 0.9 x")
+
+
 def drawing(folder):
     """Row of generator.py."""
     path, faces = folder / "generator.safetensors", folder / "faces"
@@ -434,6 +448,7 @@ def main():
         try:
             steady = pictures(folder, peer)
             by_batch = training(peer, steady)
+            together(folder)
             drawing(folder)
             few, some, many = [make_packed(folder / f"{n:,}", n) for n in (1000, 10_000, MANY)]
             starting(few, many)

@@ -144,8 +144,8 @@ def check_algorithm(place):
 
 
 def test_one_process_on_the_launcher_is_plain_training(place):
-    """At a width where the number of threads shows in the result."""
-    flags = "--epochs", 1, "--width", 32
+    """With settings for which the number of threads would show in the result."""
+    flags = "--epochs", 1, "--width", 16, "--batch_size", 16, "--z_dim", 100
     run(place, "train.py", *FLAGS, *flags, "--output_path", "plain")
     train(place, 1, *flags)
     assert sorted(os.listdir(place / "plain")) == sorted(os.listdir(place / "Output"))
