@@ -165,7 +165,7 @@ def test_dead_process_ends_the_run_and_it_can_go_on(place, kills):
         assert sorted(ranks(place)) == [0, 1]
         os.kill(ranks(place).get(victim, process.pid), number)
         process.communicate(timeout=60)
-        assert process.returncode != 0
+        assert process.returncode or victim == "launcher"
         wait_for(lambda: not ranks(place), 30)
         log = (place / "log" / "workerlog.0").read_text()
         assert (f"going on after iteration {step} of" in log) == (step > 0)
