@@ -81,7 +81,8 @@ def test_two_processes_train_one_model_and_go_on(place):
     assert "going on after iteration 4 of 8" in train(place, 2, "--epochs", 2)
     assert sorted(path.name for path in (place / "Output").iterdir()) == [
         ".lock", "0001_0004.png", "0002_0004.png", "checkpoint.safetensors",
-        "generator.safetensors", "losses.csv", "losses.png", "real_vs_fake.png"]
+        "generator.safetensors", "losses.csv", "losses.png", "progress.gif",
+        "real_vs_fake.png"]
     train(place, 2, "--epochs", 2, "--output_path", "whole")
     for name in "checkpoint.safetensors", "generator.safetensors", "losses.csv", "0002_0004.png":
         assert (place / "Output" / name).read_bytes() == (place / "whole" / name).read_bytes()
