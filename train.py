@@ -508,6 +508,8 @@ def draw_losses(source, path):
 
     step, _, _, d_loss, g_loss, d_real, d_fake = np.genfromtxt(
         source, delimiter=",", ndmin=2)[1:].T
+    if len(step) == 0:  # the csv was lost
+        return
     span = max(1, len(step) // 50)
     figure = Figure(figsize=(9, 8), layout="constrained")
     losses, verdicts = figure.subplots(2, sharex=True)
@@ -616,7 +618,8 @@ def train(options):
                 dist.broadcast(value, 0)
     rows = []
     if tensors and csv.exists():  # what came after the checkpoint will come again
-        rows = re.findall(r"^\d+,\d+,\d+(?:,\S+){4}\n", csv.read_text(errors="replace"), re.M)
+        rows = re.findall(r"^\d+,\d+,\d+(?:,-?\d+(?:\.\d+)?(?:e[-+]\d+)?){4}\n",
+                          csv.read_text(errors="replace"), re.M)
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
     if len(rows) < step and rank == 0:
         say(f"{csv} lacks {step - len(rows)} iterations before the checkpoint")

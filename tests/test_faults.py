@@ -164,7 +164,7 @@ def test_other_images_are_not_mixed_in(place, demo):
 
 def test_lost_table_of_losses_does_not_stop_a_run(place):
     run(place, "train.py", *MINI, "--epochs", 1)
-    for damage in b"", b"\xff\xfe\n1,1,1,0.5,0.5\n9,2,1,0.5,0.5\n3,1,":
+    for damage in b"", b"\xff\xfe\n1,1,1,1,0.5,1e-05,0.5\n9,2,1,1,1,1,1\n2,1,2,1.2.3,1,1,1\n3,1,":
         (place / "Output" / "losses.csv").write_bytes(damage)
         printed = run(place, "train.py", *MINI, "--epochs", 1)
         assert f"losses.csv lacks {7 if damage else 8} iterations" in printed
@@ -190,8 +190,8 @@ def test_checkpoint_names_the_settings_that_change_the_result(place):
     run(place, "train.py", *MINI, "--epochs", 1)
     _, info = read_tensors(place / "Output" / "checkpoint.safetensors", "checkpoint")
     assert sorted(info["settings"]) == [
-        "amp", "batch_size", "beta1", "beta2", "d_steps", "g_steps", "image_size",
-        "images", "learning_rate", "noise", "seed", "width", "z_dim"]
+        "amp", "batch_size", "beta1", "beta2", "d_steps", "ema_decay", "g_steps",
+        "image_size", "images", "learning_rate", "noise", "seed", "width", "z_dim"]
 
 
 def test_generator_without_checkpoint_is_not_overwritten(place):
