@@ -28,8 +28,9 @@ _places = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
 _here = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").split(":")[0]
 if _here and os.environ.get("OMP_NUM_THREADS") == "1":
     del os.environ["OMP_NUM_THREADS"]
-_share = len(os.sched_getaffinity(0)) // sum(place.split(":")[0] == _here for place in _places)
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+_processes = max(1, sum(place.split(":")[0] == _here for place in _places))
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _processes)))
 _cpu = Path("/proc/cpuinfo").read_text()
 if "AuthenticAMD" in _cpu:
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "9" if "avx512_vnni" in _cpu else "5")

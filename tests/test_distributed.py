@@ -28,6 +28,7 @@ def launch(folder, processes, script, *flags):
         [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes),
          "--backend", "gloo", str(script), *map(str, flags)], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
         env={**env, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
 
 
