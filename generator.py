@@ -41,7 +41,7 @@ seeds = ""                                   # in place of count: faces by numbe
 seed = 0                                     # another seed draws other faces
 individual = False                           # also write each face to a PNG: 000017.png is face 17
 interpolate = []                             # numbers of faces to go between, in place of a grid
-compare = ""                                 # folder of real images to draw beside as many faces
+compare = ""                                 # folder of real images, to draw beside faces
 output_path = "Generate"                     # where pictures are written
 device = "auto"                              # "gpu", "cpu", or "auto": the GPU if there is one
 
@@ -155,6 +155,8 @@ def main():
     stops = options.interpolate
     if len(stops) == 1 or any(not 0 <= number < LIMIT for number in stops):
         raise Problem(f"--interpolate takes two numbers of faces or more, from 0 to {LIMIT - 1:,}")
+    if options.individual and (stops or options.compare):
+        raise Problem("--individual goes with the grid of faces, not with another picture")
     use_device(options.device)
     generator, info = load_generator(options.checkpoint, options.raw)
     folder = make_folder(options.output_path)
@@ -172,8 +174,9 @@ def main():
             for a, b in zip(z, np.roll(z, -1, axis=0), strict=True)], folder)
     if options.compare:
         reader = FaceReader(options.compare, info["image_size"], 1, options.seed)
+        faces = draw(numbers[:100])
         save_grids(folder / "real_vs_fake.png",
-                   Real_faces=reader.sample(100), Generated_faces=draw(numbers[:100]))
+                   Real_faces=reader.sample(len(faces)), Generated_faces=faces)
     if not stops and not options.compare:
         draw_grid(draw, numbers, folder, options.individual)
     print(f"drawn by a generator trained for {info['step']} iterations: {folder}")

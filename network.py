@@ -22,8 +22,8 @@ from pathlib import Path
 # Paddle reads these as it loads. It uses one thread unless told otherwise, and on AMD processors
 # its MKL picks the slowest kernels; 9 are those for AVX-512, 5 for AVX2. Measured on 2 AMD cores,
 # batch 128, Paddle 3.3: 19 s an iteration without, 5 s with 5, 4 s with 9. What the user has set
-# stays; but Paddle's launcher hands down a 1 that nobody has set, where the processes of a machine
-# are to share its cores.
+# stays, except for 1 thread on Paddle's launcher, which hands down a 1 that nobody has set: the
+# processes of a machine are to share its cores.
 _places = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
 _here = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").split(":")[0]
 if _here and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -244,7 +244,11 @@ def average_weights(averaged, generator, decay):
         decay: from 0, which copies the weights, to below 1.
     """
     for mean, value in zip(averaged.parameters(), generator.parameters(), strict=True):
-        if not value.stop_gradient:
+        if value.stop_gradient:
+            continue
+        if decay == 0:  # lerp_ would round
+            paddle.assign(value, mean)
+        else:
             mean.lerp_(value, 1.0 - decay)
 
 

@@ -276,11 +276,11 @@ def begin(options):
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     first = os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
-    if world > 1:
-        # The launcher ends all when one has ended, or it is told to; if it is killed, they end too.
+    if world > 1:  # the launcher ends all when one has ended, or it is told to
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if "PADDLE_TRAINER_ID" in os.environ:  # if it is killed, they end too: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL if world > 1 else signal.SIGTERM)
 
     def make():
         return FaceReader(options.data_path, options.image_size, options.batch_size, options.seed,
@@ -292,7 +292,12 @@ def begin(options):
         say("waiting for the first process, which packs the images if need be")
     use_device(options.device)
     if world > 1:
+        device = paddle.get_device()
         dist.init_parallel_env()
+        if device.split(":")[0] != paddle.get_device().split(":")[0]:
+            raise Problem(f"--device {options.device} is {device}, but the launcher is for"
+                          f" {paddle.get_device()}: pass --device cpu with --backend gloo, or"
+                          " leave both")
         dist.barrier()
     if not first:
         reader = make()
@@ -464,7 +469,9 @@ DIVERGED = ("the last checkpoint, if there is one, is kept. What usually helps: 
 
 
 class Stops:
-    """While entered: the first SIGINT or SIGTERM is noted in `signal`, a second ends the process.
+    """While entered: the first SIGINT or SIGTERM is noted in `signal`, another ends the process.
+
+    One within a second is the same, since Paddle's launcher sends several.
 
     A thread watches for them, since Python's own handlers wait for Paddle's call to return, which
     takes seconds on a CPU.
@@ -481,11 +488,14 @@ class Stops:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self):
+        noted = None
         while number := os.read(self.reader, 1):
             if self.signal:
-                os._exit(128 + number[0])
-            self.signal = number[0]
-            say("stopping after this iteration; once more to stop at once")
+                if time.monotonic() > noted + 1:
+                    os._exit(128 + number[0])
+            else:
+                self.signal, noted = number[0], time.monotonic()
+                say("stopping after this iteration; once more to stop at once")
         os.close(self.reader)
 
     def __exit__(self, *_):
@@ -543,6 +553,8 @@ def draw_progress(folder, size):
     """
     grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
                    key=lambda path: [int(part) for part in path.stem.split("_")])
+    if not grids:  # they were removed
+        return
     chosen = np.unique(np.linspace(0, len(grids) - 1, 60).round().astype(int))
     edge = 6 * (size + 2) + 2
     save_gif(folder / "progress.gif", [
@@ -612,7 +624,7 @@ def train(options):
             scaler.load_state_dict(info["scalers"][name])  # does nothing unless it is enabled
         say(f"{output}: " + (f"going on after iteration {step} of {total}" if step < total else
                              f"finished after {step} iterations; pass more --epochs to go on"))
-    if world > 1:
+    elif world > 1:
         for net in nets.values():
             for value in net.state_dict().values():
                 dist.broadcast(value, 0)
@@ -663,6 +675,8 @@ def train(options):
                 " with --restart or another --output_path; or more images")
 
     def save():
+        average([value for net in (G, D) for value in net.parameters()
+                 if value.stop_gradient])  # BN's statistics
         if world > 1:
             digest = hashlib.sha256(b"".join(
                 value.numpy().tobytes() for net in (G, D) for value in net.parameters()))
@@ -681,7 +695,6 @@ def train(options):
     def record():
         draw_losses(csv, output / "losses.png")
         draw_progress(output, options.image_size)
-        return time.monotonic()
 
     drawn = time.monotonic()
     stops = Stops()
@@ -706,18 +719,16 @@ def train(options):
                 store = last or step % options.save_every == 0 or stop
                 if sample or store or step % options.log_every == 0:
                     log()
-                if sample or store:
-                    average([value for net in (G, D) for value in net.parameters()
-                             if value.stop_gradient])  # BN's statistics
-                    if rank == 0:
-                        estimate_statistics(averaged, options.noise)
+                if sample or store:  # on all processes: gloo waits for the first for 30 s only
+                    estimate_statistics(averaged, options.noise)
                 if sample and rank == 0:
                     save_png(output / f"{epoch + 1:04d}_{batch:04d}.png",
                              grid(draw_faces(averaged, fixed_z)))
                 if store:
                     save()
                 if last and rank == 0 and time.monotonic() > drawn + 60:
-                    drawn = record()
+                    record()
+                    drawn = time.monotonic()
                 if stop:
                     say(f"stopped after iteration {step}, which is saved: the same command"
                         f"{' without --restart' if options.restart else ''} goes on")

@@ -344,24 +344,34 @@ def growth(by_batch, folders):
 # the faces
 
 
-def frechet(faces, real):
-    """Fréchet distance between two sets of images, on the first 64 principal components of `real`.
+def yardstick(real):
+    """Return a function that measures how far images are from `real`, uint8 `[N, 3, S, S]`.
 
-    Both are uint8 `[N, 3, S, S]`; the distance is in units of [-1, 1], squared and summed over all
-    pixels. As FID, but without Inception: it sees layout, light and contrast rather than what is
-    in a picture, and is for comparisons on this data alone.
+    It is the Fréchet distance on the first 64 principal components of `real`, in units of [-1, 1],
+    squared and summed over all pixels: as FID, but without Inception. It sees layout, light and
+    contrast rather than what is in a picture, and is for comparisons on this data alone.
     """
-    faces, real = (images.reshape(len(images), -1) / np.float32(127.5) - 1
-                   for images in (faces, real))
-    middle = real.mean(axis=0)
-    axes = np.linalg.svd(real - middle, full_matrices=False)[2][:64].T
-    (mean, spread), (real_mean, real_spread) = (
-        (at.mean(axis=0), np.cov(at.T)) for at in (((images - middle) @ axes).astype(np.float64)
-                                                   for images in (faces, real)))
+    def flat(images):
+        return images.reshape(len(images), -1) / np.float32(127.5) - 1
+
+    middle = flat(real).mean(axis=0)
+    centred = flat(real) - middle
+    values, vectors = np.linalg.eigh(centred @ centred.T)  # smaller than their covariance
+    axes = centred.T @ vectors[:, -64:] / np.sqrt(values[-64:])
+
+    def moments(images):
+        at = ((flat(images) - middle) @ axes).astype(np.float64)
+        return at.mean(axis=0), np.cov(at.T)
+
+    real_mean, real_spread = moments(real)
     values, vectors = np.linalg.eigh(real_spread)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ spread @ root).clip(0)).sum()
-    return float(((mean - real_mean) ** 2).sum() + np.trace(spread + real_spread) - 2 * shared)
+    root = vectors * np.sqrt(values) @ vectors.T
+
+    def distance(images):
+        mean, spread = moments(images)
+        shared = np.sqrt(np.linalg.eigvalsh(root @ spread @ root).clip(0)).sum()
+        return ((mean - real_mean) ** 2).sum() + np.trace(spread + real_spread) - 2 * shared
+    return distance
 
 
 def quality(folder, torch):
@@ -375,6 +385,7 @@ def quality(folder, torch):
         subprocess.run([sys.executable, ROOT / "pretreat.py", "--demo"], cwd=folder, check=True)
     real = FaceReader(folder / "imgs", 64, 64, 0).images
     np.save(folder / "real.npy", real)
+    distance = yardstick(real)
     print(f"{'':44}{'seed 0':>9}{'seed 1':>9}{'mean':>9}{'ratio':>9}")
 
     def compare(title, draws, peer=None):
@@ -385,7 +396,7 @@ def quality(folder, torch):
             if number == 0:
                 dataReader.save_png(folder / f"{title}.png".replace(" ", "_").replace("'", ""),
                                     dataReader.grid(faces[:20], columns=10))
-            found.append(frechet(faces, real))
+            found.append(distance(faces))
         cells = [*map(show, found), *[""] * (2 - len(found)), show(np.mean(found)),
                  f"{np.mean(found) / peer:.2f}" if peer else ""]
         print(f"{title:44}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
@@ -393,23 +404,23 @@ def quality(folder, torch):
 
     def ours(which, seed, *flags):
         """Faces of a run of train.py, which is taken up if it is there."""
-        run = folder / "-".join(["ours", str(seed), *flags]).replace("--", "")
+        run = folder / f"ours-{seed}{''.join(flags).replace('--', '-')}"
         subprocess.run([sys.executable, ROOT / "train.py", "--data_path", folder / "imgs",
                         "--batch_size", "64", "--epochs", "10", "--output_path", run,
-                        "--seed", str(seed), *flags], env=ENV, check=True)
+                        "--seed", str(seed), *flags], env=ENV, check=True,
+                       stdout=subprocess.DEVNULL)
         child("faces", str(run / "generator.safetensors"), which, str(run / "faces.npy"))
         return np.load(run / "faces.npy")
 
-    def theirs(mode, seed):
-        path = folder / f"torch-{seed}.npz"
+    def theirs(seed):
+        path = folder / f"torch-{seed}.npy"
         if not path.exists():
-            output(torch, ROOT / "tests" / "dcgan_torch.py", folder / "real.npy", path,
-                   "--seed", seed)
-        return np.load(path)[mode]
+            output(torch, ROOT / "tests" / "dcgan_torch.py", folder / "real.npy",
+                   folder / "new.npy", "--seed", seed)
+            (folder / "new.npy").rename(path)
+        return np.load(path)
 
-    peer = torch and min(compare(f"PyTorch's example, {mode} mode", [
-        lambda mode=mode, seed=seed: theirs(mode, seed) for seed in (0, 1)])
-        for mode in ("train", "eval"))
+    peer = torch and compare("PyTorch's example", [lambda s=s: theirs(s) for s in (0, 1)])
     for title, which in (("raw, running statistics", "running"), ("raw, fresh statistics", "raw"),
                          ("averaged, fresh statistics", "averaged")):
         compare(title, [lambda which=which, seed=seed: ours(which, seed) for seed in (0, 1)], peer)

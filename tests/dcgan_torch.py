@@ -1,11 +1,12 @@
 """PyTorch's DCGAN example in its own recipe, for `bench.py --quality`; needs torch and numpy.
 
-    python tests/dcgan_torch.py images.npy faces.npz --iterations 310 --batch 64 --seed 0
+    python tests/dcgan_torch.py images.npy faces.npy --iterations 310 --batch 64 --seed 0
 
-images.npy is uint8 [N, 3, 64, 64]. faces.npz gets 2,000 generated images, uint8, drawn twice:
-`train`, with each batch's own BN statistics as the example draws them, and `eval`, with the running
-ones. What makes the recipe: a convolution as D's last layer, BCE, one step of D (a backward for the
-real images and one for the generated) and one of G on the same latent vectors, BN momentum 0.1.
+images.npy is uint8 [N, 3, 64, 64]. faces.npy gets 2,000 generated images, uint8, each batch drawn
+with its own BN statistics, in train mode, as the example draws them. What makes the recipe: a
+convolution as D's last layer, BCE, one step of D (a backward for the real images and one for the
+generated) and one of G on the same latent vectors, BN momentum 0.1. Other than the example it
+drops the partial batch at the end of an epoch, so that iterations compare.
 Source: github.com/pytorch/examples, dcgan/main.py, written anew.
 """
 
@@ -87,8 +88,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     G = train(np.load(options.images), options.iterations, options.batch, options.seed)
-    by_mode = {"train": draw(G, options.batch), "eval": draw(G.eval(), options.batch)}
-    np.savez(options.faces, **by_mode)
+    np.save(options.faces, draw(G, options.batch))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,9 @@ def test_second_signal_leaves_at_once(place):
     process = start_training(place, "--image_size", 128, "--width", 64, "--batch_size", 64)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)  # noted, but the iteration takes ten seconds
-    time.sleep(0.5)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # as Paddle's launcher does, which means the same
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=2)

@@ -137,7 +137,8 @@ def test_bad_settings_are_one_line(trained, tmp_path):
     checkpoint = trained / "Output" / "generator.safetensors"
     assert "count" in complaint(tmp_path, "generator.py", "--count", 0, status=2)
     for flags in ["--interpolate", 3], ["--interpolate", 3, -1], ["--seeds", "5-3"], [
-            "--seeds", "3,,4"], ["--seeds", "1000000"], ["--compare", "nowhere"]:
+            "--seeds", "3,,4"], ["--seeds", "1000000"], ["--compare", "nowhere"], [
+            "--individual", "--compare", "imgs"]:
         line = complaint(tmp_path, "generator.py", "--checkpoint", checkpoint, *flags)
         assert (flags[0] if flags[1] != "nowhere" else "nowhere") in line
     (tmp_path / "file").write_text("a file")

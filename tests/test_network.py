@@ -193,6 +193,10 @@ def test_average_of_weights_moves_by_its_decay():
                                    0.75 * before[name] + 0.25 * state[name], rtol=1e-5, atol=1e-7)
     for name, value in G.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), state[name])
+    average_weights(averaged, G, 0)
+    for value, copied in zip(G.parameters(), averaged.parameters(), strict=True):
+        if not value.stop_gradient:
+            np.testing.assert_array_equal(copied.numpy(), value.numpy())
 
 
 def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
