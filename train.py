@@ -532,7 +532,7 @@ def draw_losses(source, path):
                   np.convolve(values, np.ones(span) / span, "valid"), color, label=label)
     losses.set_title("Losses of generator and discriminator")
     losses.set_ylabel("loss (nats)")
-    losses.set_ylim(0, 1.1 * max(1, *np.quantile([d_loss, g_loss], 0.995, axis=1)))  # no spikes
+    losses.set_ylim(0, 1.1 * max(1, *np.quantile([d_loss, g_loss], 0.95, axis=1)))  # no spikes
     verdicts.set_title("What the discriminator takes for real")
     verdicts.set_ylabel("probability of being real")
     verdicts.set_ylim(0, 1)
