@@ -199,6 +199,19 @@ def test_average_of_weights_moves_by_its_decay():
             np.testing.assert_array_equal(copied.numpy(), value.numpy())
 
 
+def test_estimated_statistics_are_means_over_all_batches():
+    G = Generator(7, 32, 4)
+    estimate_statistics(G, "normal")
+    assert not G.training
+    deconv, norm, _ = G.layers[0]
+    assert norm._momentum == 0.5
+    images = [deconv(paddle.to_tensor(latent([0, 0, 0, batch], [256, 7, 1, 1], "normal"))).numpy()
+              for batch in range(1, 6)]
+    for found, expected in (norm._mean, np.mean), (norm._variance, np.var):
+        np.testing.assert_allclose(found.numpy(), np.mean(
+            [expected(batch, axis=(0, 2, 3)) for batch in images], axis=0), rtol=1e-3, atol=1e-7)
+
+
 def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
     def message(data):
         (tmp_path / "file").write_bytes(data)
