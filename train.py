@@ -112,8 +112,8 @@ def descend(value, optimizer, scaler):
     """
     scaler.scale(value).backward()
     # before the scaler looks for an overflow, so that all processes see it or none
-    average([parameter.grad for parameter in optimizer._parameter_list
-             if not parameter.stop_gradient])
+    average(parameter.grad for parameter in optimizer._parameter_list
+            if not parameter.stop_gradient)
     scaler.step(optimizer)
     scaler.update()
     optimizer.clear_grad()
@@ -234,6 +234,7 @@ class Batches(paddle.io.IterableDataset):
 def average(tensors):
     """Set tensors to their mean over the processes, in one message; float32, the same on all."""
     if dist.get_world_size() > 1:
+        tensors = list(tensors)
         with paddle.no_grad():
             flat = paddle.concat([tensor.reshape([-1]) for tensor in tensors])
             dist.all_reduce(flat)
@@ -610,6 +611,7 @@ def train(options):
     G = Generator(options.z_dim, options.image_size, options.width)
     D = Discriminator(options.image_size, options.width)
     averaged = Generator(options.z_dim, options.image_size, options.width)
+    averaged.eval()
     average_weights(averaged, G, 0)
     nets = {"G": G, "D": D, "average": averaged}
     optimizers = {name: paddle.optimizer.Adam(
@@ -675,8 +677,8 @@ def train(options):
                 " with --restart or another --output_path; or more images")
 
     def save():
-        average([value for net in (G, D) for value in net.parameters()
-                 if value.stop_gradient])  # BN's statistics
+        average(value for net in (G, D) for value in net.parameters()
+                if value.stop_gradient)  # BN's statistics
         if world > 1:
             digest = hashlib.sha256(b"".join(
                 value.numpy().tobytes() for net in (G, D) for value in net.parameters()))
@@ -739,7 +741,6 @@ def train(options):
     if rank:
         return
     # Once more, for a run that was killed between its last checkpoint and here.
-    estimate_statistics(averaged, options.noise)
     save_generator(output / "generator.safetensors", averaged, G, options.noise, step)
     record()
     save_grids(output / "real_vs_fake.png",
