@@ -1,43 +1,34 @@
-"""Face crops in, batches out (tutorial §3.1 and §3.2).
+"""Face crops in, batches out (tutorial §3.1 and §3.2); here too is what all scripts share.
 
     python dataReader.py                     # Output/training_images.png, a 10×10 grid of imgs/
     python dataReader.py --data_path photos  # any folder of images, of any size
-
-Here too is what the scripts share and none of them should write again: settings that are also
-flags, errors that are one line, files that appear whole or not at all, grids of images.
 """
 
 import argparse
-import collections
 import contextlib
-import ctypes
+import fcntl
 import hashlib
 import io
-import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# -------------------------------------------------------------------------------------------------
-# settings (each is also a flag, e.g. --image_size 128)
-
+# --- settings (each is also a flag, e.g. --image_size 128) ---------------------------------------
 data_path = "imgs"      # folder of training images, searched recursively
 image_size = 64         # height and width of a training image, pixels
 seed = 0                # another seed draws other images
 output_path = "Output"  # where training_images.png is written
 
-# -------------------------------------------------------------------------------------------------
-# what every script shares
-
+# --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
+THREADS = min(8, len(os.sched_getaffinity(0)))  # more would wait for Python's lock
 
 
 class Problem(Exception):
@@ -45,48 +36,37 @@ class Problem(Exception):
 
 
 def command_line(script, **limits):
-    """Turn the settings at the top of a script into flags and parse them.
+    """Turn the settings in a script's `globals()` into flags; return what argparse makes of them.
 
-    Every line `name = value  # help` there becomes the flag `--name`, so editing the script and
-    passing a flag do the same. A bad value ends the process with status 2.
-
-    Args:
-        script: the script's `globals()`.
-        **limits: for a setting, the least value, or a list [least, below], or the tuple of all
-            values it may take; and with that its type, else it is that of the value.
-
-    Returns:
-        argparse.Namespace with one attribute per setting.
+    Every line `name = value  # help` becomes the flag `--name`; a bad value of either ends the
+    process with status 2. `limits` are for a setting the list [least] or [least, below] or the
+    tuple of all values it may take, and so its type, which without them is that of the value.
     """
     parser = argparse.ArgumentParser(
         description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--flag value ...]", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     source = Path(script["__file__"]).read_text(encoding="utf-8")
-    section = source.split("# settings")[1].split("\n# ---")[0]
+    section = source.split("\n# --- settings")[1].split("\n# ---")[0]
     for name, text in re.findall(r"^([a-z]\w*) = .*?(?:\s#\s*(.*))?$", section, re.MULTILINE):
-        value, limit = script[name], limits.get(name, script[name])
-        kind = type(limit[0] if name in limits and isinstance(limit, (list, tuple)) else limit)
+        value, kind = script[name], type(limits.get(name, [script[name]])[0])
+        flag = {"type": kind, "metavar": kind.__name__}
         if kind is bool:
             flag = {"action": argparse.BooleanOptionalAction}
-        elif kind is list:  # of integers
-            flag = {"type": int, "nargs": "+", "metavar": "int"}
-        else:
-            flag = {"type": kind, "metavar": kind.__name__}
-        parser.add_argument(f"--{name}", default=value, **flag,
-                            help=text.replace("%", "%%") + f" (default: {value})")
+        elif kind is list:
+            flag = {"type": int, "metavar": "int", "nargs": "+"}
+        help = text.replace("%", "%%") + f" (default: {value})"
+        parser.add_argument(f"--{name}", default=value, help=help, **flag)
     options = parser.parse_args()
     for name, limit in limits.items():
         value = getattr(options, name)
         if isinstance(limit, tuple):
-            if value not in limit:
-                parser.error(f"--{name} is {value}, but can be {', '.join(map(str, limit))}")
-        elif isinstance(limit, list):
-            if not limit[0] <= value < limit[1]:  # so that nan fails too
-                parser.error(f"--{name} is {value}, but must be at least {limit[0]} and less than"
-                             f" {limit[1]}")
-        elif value < limit:
-            parser.error(f"--{name} is {value}, but must be at least {limit}")
+            good, rule = value in limit, f"can be {', '.join(map(str, limit))}"
+        else:
+            good = limit[0] <= value < (limit[1:] or [float("inf")])[0]  # nan is not
+            rule = "must be at least " + " and less than ".join(map(str, limit))
+        if not good:
+            parser.error(f"--{name} is {value}, but {rule}")
     return options
 
 
@@ -106,45 +86,54 @@ def run(main):
         sys.exit(130)
 
 
+def note_signals():
+    """Return a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
+    def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
+        noted.append(number)
+        os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
+        if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    noted = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return noted
+
+
 def say(line):
     """One line on stderr, above a progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
 
 
-def make_folder(path):
-    """Create a folder and its parents, remove what killed runs left in it; return its Path.
+@contextlib.contextmanager
+def locked(folder, refusal=None):
+    """Keep other processes out of a folder meanwhile, by the kernel's lock on the folder itself.
 
-    Raises:
-        Problem: `path` cannot be created or is a file.
+    If another one has it: a Problem with the text `refusal`, or else its end is waited for.
     """
-    path = Path(path)
+    place = os.open(folder, os.O_RDONLY)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"cannot make the folder {path}: {error.strerror}") from error
-    for left in path.glob(".*.tmp"):
-        process = left.name[1:].split("-")[0]
         try:
-            alive = not process.isdigit() or Path("/proc", process, "cmdline").read_bytes()
-        except OSError:
-            alive = False
-        if not alive:  # gone, or a zombie, which has no command line
-            left.unlink(missing_ok=True)
-    return path
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if refusal:
+                raise Problem(refusal) from error
+            say(f"waiting for another process, which works in {folder}")
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 @contextlib.contextmanager
 def replacing(path, sync=True):
     """Open a binary file that takes the name `path` only when it has been written whole.
 
-    Whatever happens on the way, be it a kill or a full disk, `path` is what it was before. The
-    file is synced to disk first unless `sync` is False.
-
-    Raises:
-        Problem: the file cannot be written.
+    Whatever happens on the way, be it a kill or a full disk, which raises a Problem, `path` is what
+    it was before; `.NAME.tmp`, which a kill leaves, is overwritten the next time.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -158,94 +147,28 @@ def replacing(path, sync=True):
         temporary.unlink(missing_ok=True)
 
 
-def in_processes(function, items, title, processes):
-    """Yield `function(item)` for every item, in order, from worker processes, under a bar.
-
-    Threads would do little: PIL decodes and encodes small images with Python's lock held. The
-    workers are forks, so `function` may be a closure, but only its result is sent back. No more
-    than a few hundred results wait to be taken. When the loop over it is left, each worker ends
-    its item and begins no other.
-
-    Raises:
-        Problem: a worker was killed.
-    """
-    Image.preinit()  # here, once, and not in every worker
-    processes = max(1, min(processes, len(items)))
-    share = max(1, min(64, len(items) // (4 * processes)))
-    context = multiprocessing.get_context("fork")
-    leaving, waiting = context.Event(), collections.deque()
-    pool = ProcessPoolExecutor(processes, context, _begin, (function, items, leaving))
-
-    def results():
-        for start in range(0, len(items), share):
-            waiting.append(pool.submit(_work, range(start, min(start + share, len(items)))))
-            if len(waiting) > 3 * processes:
-                yield from waiting.popleft().result()
-        for future in waiting:
-            yield from future.result()
-
-    try:
-        yield from tqdm(results(), title, len(items), unit="img")
-    except BrokenExecutor as error:
-        raise Problem(f"{title}: a worker process was killed; out of memory?") from error
-    finally:
-        leaving.set()
-        pool.shutdown(cancel_futures=True)
+def in_threads(function, items, title, threads):
+    """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar."""
+    with ThreadPoolExecutor(threads) as pool:
+        # a thousand at a time, so that few results wait, and few tasks after an error
+        yield from tqdm((result for start in range(0, len(items), 1000)
+                         for result in pool.map(function, items[start:start + 1000])),
+                        title, len(items), unit="img")
 
 
-def _begin(*task):
-    global _task
-    _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends the pool
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the parent
-
-
-def _work(numbers):
-    function, items, leaving = _task
-    return [function(items[number]) for number in numbers if not leaving.is_set()]
-
-
-# -------------------------------------------------------------------------------------------------
-# images
-
-
+# --- images --------------------------------------------------------------------------------------
 def list_files(folder):
-    """Paths of all files below a folder but hidden ones, relative to it, sorted.
-
-    Links are followed; what is neither a file nor a folder is named on stderr and left out.
-    """
-    seen = set()  # a link may lead back up
-
-    def walk(path, prefix):
-        if (real := os.path.realpath(path)) in seen:
-            return
-        seen.add(real)
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_file():
-                    yield prefix + entry.name
-                elif entry.is_dir():
-                    yield from walk(entry.path, f"{prefix}{entry.name}/")
-                else:
-                    say(f"skipped {entry.path}: a broken link, or no file")
-    return sorted(walk(folder, ""))
+    """Paths of all files below a folder but hidden ones, relative to it, sorted."""
+    paths = (f"{place}/{name}"[len(f"{folder}/"):] for place, _, names in os.walk(folder)
+             for name in names)
+    return sorted(path for path in paths if not re.match(r"\.|.*/\.", path))
 
 
 def read_image(source):
-    """Decode any image as an upright 8-bit RGB one.
+    """Decode any image, a path or binary file, as an upright 8-bit RGB `PIL.Image.Image`.
 
-    EXIF rotation is undone, transparency shows white, 16-bit levels are scaled to 8 bits.
-
-    Args:
-        source: path or binary file.
-
-    Returns:
-        PIL.Image.Image of mode RGB.
-
-    Raises:
-        Exception: whatever PIL raises for a file that is no image, truncated or damaged.
+    EXIF rotation is undone, transparency shows white, 16-bit levels are scaled to 8 bits. A file
+    that is no image, truncated or damaged makes PIL raise almost anything.
     """
     with Image.open(source) as image:
         image.load()
@@ -258,29 +181,16 @@ def read_image(source):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def why_unreadable(error):
-    """The reason, in a few words, for which `read_image` failed."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "empty or not an image"
-    return f"damaged ({error})" if str(error) else f"damaged ({type(error).__name__})"
-
-
 def grid(images, columns=None):
-    """Lay images out row by row, as near a square as their number allows, 2 pixels apart.
+    """Lay images out row by row, 2 white pixels apart: uint8 `[N, 3, H, W]` → `[height, width, 3]`.
 
-    Args:
-        images: uint8 `[N, 3, H, W]`.
-        columns: images per row; ceil(sqrt(N)) if None.
-
-    Returns:
-        uint8 `[height, width, 3]`; the gaps and missing cells are white.
+    There are `columns` in a row, or ceil(sqrt(N)); missing cells are white.
     """
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    cells = np.full((rows * columns, channels, height + 2, width + 2), 255, np.uint8)
-    cells[:count, :, 2:, 2:] = images
-    cells = cells.reshape(rows, columns, channels, height + 2, width + 2)
+    cells = np.pad(images, ((0, rows * columns - count), (0, 0), (2, 0), (2, 0)),
+                   constant_values=255).reshape(rows, columns, channels, height + 2, width + 2)
     picture = cells.transpose(0, 3, 1, 4, 2).reshape(rows * (height + 2), columns * (width + 2), -1)
     return np.pad(picture, ((0, 2), (0, 2), (0, 0)), constant_values=255)
 
@@ -288,9 +198,7 @@ def grid(images, columns=None):
 def save_png(path, picture, quick=False):
     """Write a uint8 `[H, W, 3]` array, or a PIL image, as a PNG.
 
-    `quick` is for one of thousands of small ones: not synced to disk, and not compressed, which
-    makes pretreat.py a third faster than zlib's level 1, and reading faster too, for 12 KB a crop
-    in place of 4 to 9.
+    One of thousands is `quick`: not synced, nor compressed, which makes pretreat.py a third faster.
     """
     encoded = io.BytesIO()  # in a file PIL would write it bit by bit, which takes a third longer
     # as an array it has left behind the metadata of the photo
@@ -300,25 +208,14 @@ def save_png(path, picture, quick=False):
 
 
 def save_gif(path, frames, wait, rest):
-    """Write an endless animation.
-
-    Args:
-        path: the GIF to write.
-        frames: PIL images of one size, mode RGB; each gets 256 colours of its own.
-        wait, rest: milliseconds that a frame, and the last one, is shown.
-    """
+    """Write an endless animation of PIL images; each is shown `wait` ms, the last one `rest` ms."""
     with replacing(path) as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[wait] * (len(frames) - 1) + [rest])
 
 
 def save_grids(path, **grids):
-    """Draw grids of images side by side, each under its title (tutorial §5).
-
-    Args:
-        path: the PNG to write.
-        **grids: uint8 `[N, 3, H, W]` by title; an underscore in a title is shown as a space.
-    """
+    """Draw grids of uint8 `[N, 3, H, W]` side by side, each under its keyword as title (§5)."""
     from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
 
     figure = Figure(figsize=(7 * len(grids), 7.4), layout="constrained")
@@ -331,54 +228,72 @@ def save_grids(path, **grids):
         figure.savefig(file, format="png")
 
 
-# -------------------------------------------------------------------------------------------------
-# the reader
+def draw_run(folder, size):
+    """Draw what train.py's folder tells (§5): losses.png, and progress.gif of faces of `size`."""
+    from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
+
+    table = np.genfromtxt(folder / "losses.csv", delimiter=",", names=True, invalid_raise=False)
+    grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
+                   key=lambda path: [int(part) for part in path.stem.split("_")])
+    if table.size == 0 or not grids:  # somebody removed them
+        return
+    table = np.atleast_1d(table)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    mean = np.ones(1 + len(table) // 50) / (1 + len(table) // 50)
+    for axes, column, color, label in (
+            (above, "g_loss", "C0", "generator G"), (above, "d_loss", "C1", "discriminator D"),
+            (below, "d_real", "C2", "D(x), real images"),
+            (below, "d_fake", "C3", "D(G(z)), generated images")):
+        # faint the values, strong their means over a fiftieth of the run
+        axes.plot(table["step"], table[column], color, alpha=0.25, linewidth=0.5)
+        axes.plot(*(np.convolve(table[name], mean, "valid") for name in ("step", column)), color,
+                  label=label)
+        axes.legend(loc="upper right")
+    top = np.quantile([table["d_loss"], table["g_loss"]], 0.95)  # no spikes
+    above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
+              ylim=(0, 1.3 * max(1, top)))
+    below.set(title="What the discriminator takes for real", ylabel="probability of being real",
+              ylim=(0, 1), xlabel="iteration")
+    with replacing(folder / "losses.png") as file:
+        figure.savefig(file, format="png", dpi=120)
+
+    grids = grids[::-(1 + len(grids) // 60)][::-1]  # 60 frames at most, their first 6×6 faces
+    frames = [read_image(path).crop((0, 0) + (6 * size + 14,) * 2) for path in grids]
+    save_gif(folder / "progress.gif", frames, 150, 2000)
 
 
+# --- the reader ----------------------------------------------------------------------------------
 class FaceReader:
     """Shuffled uint8 batches from a folder of images (tutorial §3.1).
 
-    Every image is decoded once, into one packed file in the folder itself (`.faces-64-….uint8`)
-    that is mapped into memory, so that any number of processes share it and a dataset larger than
-    memory is no trouble. In the file's name is a digest of the images' names, sizes and times;
-    when an image is added, changed or removed, it is packed anew.
-
-    Args:
-        data_path: folder, searched recursively; images of another size than `image_size` are
-            cropped to a central square and resized with anti-aliasing.
-        image_size: height and width S of a training image, pixels.
-        batch_size: images per batch and process.
-        seed: of the shuffles.
-        rank, world_size: this process and the number of processes; each reads its own share.
+    `data_path` is searched recursively; images of another size than `image_size`, S, are cropped to
+    a central square and resized with anti-aliasing. Each of `world_size` processes, `rank`, reads
+    its own share of each epoch. Raises a Problem for no folder, or fewer images than one batch.
 
     Attributes:
-        images: uint8 `[N, 3, S, S]`, read-only, mapped from the packed file.
-        digest: hexadecimal digest of `images`.
-
-    Raises:
-        Problem: no folder, no image in it, or fewer images than one batch.
+        images: uint8 `[N, 3, S, S]`, read-only, mapped from the file that `packed` makes, so that
+            processes share it and it may be larger than memory.
+        digest: hexadecimal SHA-1 of `images`.
     """
 
     def __init__(self, data_path, image_size, batch_size, seed, rank=0, world_size=1):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.images, self.digest = _packed(Path(data_path), image_size)
+        path = packed(Path(data_path), image_size)
+        self.images, self.digest = np.load(path, mmap_mode="r"), path.stem.split("-")[-1]
         if len(self) == 0:
-            number, each = len(self.images), f" on each of {world_size} processes"
+            number, most = len(self.images), max(1, len(self.images) // world_size)
             raise Problem(f"{data_path} has {number} images, too few for a batch of {batch_size}"
-                          f"{each if world_size > 1 else ''}: pass --batch_size"
-                          f" {max(1, number // world_size)} or less, or add images")
+                          f" a process: pass --batch_size {most} or less, or add images")
 
     def __len__(self):
         """Batches per epoch; the last partial batch is dropped."""
         return len(self.images) // self.world_size // self.batch_size
 
     def epoch(self, epoch, start=0):
-        """Yield the batches of one epoch, from batch number `start` (0 is the first) on.
+        """Yield the batches of one epoch, uint8 `[batch_size, 3, S, S]`, from number `start` on.
 
         The order depends on (seed, epoch) alone, so any batch can be reached at once.
-
-        Yields:
-            uint8 `[batch_size, 3, S, S]`.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         order = order[self.rank::self.world_size]
@@ -391,75 +306,71 @@ class FaceReader:
         return self.images[order[:count]]
 
 
-DIGEST = hashlib.sha1().digest_size  # bytes at the end of a packed file
+def packed(folder, size):
+    """Decode all images of a folder into one `.npy` in it, if that has not been done; its path.
 
-
-def _packed(folder, size):
-    """Map the packed images of a folder and read their digest; pack them first if need be."""
-    if not folder.is_dir():
-        raise Problem(f"{folder} is not a folder of images: run `python pretreat.py` on CelebA's"
-                      " photos, or `python pretreat.py --demo`, which needs no download")
-    files = list_files(folder)
-    state = hashlib.sha1(usedforsecurity=False)
-    place = os.open(folder, os.O_RDONLY)  # a tenth faster than whole paths
-    try:
-        for name in files:
-            info = os.stat(name, dir_fd=place)
-            state.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
-    finally:
-        os.close(place)
-    path = folder / f".faces-{size}-{state.hexdigest()[:16]}.uint8"
-    each = 3 * size * size
-    if not path.exists() or path.stat().st_size % each != DIGEST:
-        _pack(files, size, path)
-        for old in set(folder.glob(f".faces-{size}-*.uint8")) - {path}:
-            old.unlink(missing_ok=True)
-    packed = np.memmap(path, np.uint8, "r")
-    return packed[:-DIGEST].reshape(-1, 3, size, size), packed[-DIGEST:].tobytes().hex()
-
-
-def _pack(files, size, path):
-    """Decode files, in their order, into the packed file `path`; report those that are no images.
-
-    Raises:
-        Problem: none of them is an image, or the packed file cannot be written.
+    The name is `.faces-SIZE-STATE-DIGEST.npy`: STATE is a digest of the files' names, sizes and
+    times, so that a change is noticed and all are packed anew, DIGEST is that of the pixels. Raises
+    a Problem if there is no such folder or no image in it, or the file cannot be written.
     """
-    def decode(name):
-        """Return the pixels as bytes, or why there are none as a string."""
+    files, state = list_files(folder), hashlib.sha1(usedforsecurity=False)
+    if not files:
+        raise Problem(f"{folder} is no folder of images: run `python pretreat.py` on CelebA's"
+                      " photos, or `python pretreat.py --demo`, which needs no download")
+    for name in files:
+        with contextlib.suppress(FileNotFoundError):  # a broken link
+            info = os.stat(f"{folder}/{name}")
+            state.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
+    name = f".faces-{size}-{state.hexdigest()[:16]}"
+    with locked(folder):
+        if not list(folder.glob(f"{name}-*.npy")):
+            for old in folder.glob(f".faces-{size}-*"):
+                old.unlink()
+            pack(folder, files, size, name)
+        return next(folder.glob(f"{name}-*.npy"))
+
+
+def pack(folder, files, size, name):
+    """Decode files, in their order, into `NAME-DIGEST.npy`, and name those that are no images."""
+    def decode(file):
+        """uint8 `[3, size, size]`, or why there is none as a string."""
         try:
-            image = read_image(path.parent / name)
-        except Exception as error:  # PIL raises almost anything for a damaged file
-            return f"skipped {path.parent / name}: {why_unreadable(error)}"
+            image = read_image(folder / file)
+        except Exception as error:
+            return f"skipped {folder / file}: {str(error) or type(error).__name__}"
         if image.size != (size, size):
             from skimage.transform import resize  # 1 s to import, and crops need no resizing
 
             image = ImageOps.fit(image, (min(image.size),) * 2)
             image = resize(np.asarray(image), (size, size), anti_aliasing=True, preserve_range=True)
             image = image.round().clip(0, 255).astype(np.uint8)
-        return np.asarray(image).transpose(2, 0, 1).tobytes()
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    make_folder(path.parent)
+    def header(count):  # NumPy leaves room in it for any number
+        np.lib.format.write_array_header_1_0(
+            out, {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)})
+
     count, digest = 0, hashlib.sha1(usedforsecurity=False)
-    with replacing(path) as packed:
-        for pixels in in_processes(
-                decode, files, f"packing {path.parent}", len(os.sched_getaffinity(0))):
-            if isinstance(pixels, str):
-                say(pixels)
+    with replacing(folder / f"{name}.npy") as out:
+        header(count)
+        for image in in_threads(decode, files, f"packing {folder}", THREADS):
+            if isinstance(image, str):
+                say(image)
                 continue
-            packed.write(pixels)
-            digest.update(pixels)
+            out.write(image)
+            digest.update(image)
             count += 1
-        if count == 0:
-            raise Problem(f"{path.parent} holds no images: run `python pretreat.py` on CelebA's"
-                          " photos, or `python pretreat.py --demo`, which needs no download")
-        packed.write(digest.digest())
+        out.seek(0)
+        header(count)
+    (folder / f"{name}.npy").rename(folder / f"{name}-{digest.hexdigest()}.npy")
 
 
 def main():
-    options = command_line(globals(), image_size=SIZES, seed=0)
+    options = command_line(globals(), image_size=SIZES, seed=[0])
     reader = FaceReader(options.data_path, options.image_size, 1, options.seed)
     chosen = reader.sample(100)
-    path = make_folder(options.output_path) / "training_images.png"
+    path = Path(options.output_path) / "training_images.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, grid(chosen, columns=10))
     print(f"{len(chosen)} of {len(reader.images)} images in {path}")
 

@@ -9,8 +9,8 @@
 Edit the settings below or pass them as flags. Everything is written to Output/:
 
     0003_0100.png           faces of the same latent vectors after epoch 3, batch 100
-    losses.csv losses.png   both losses, D(x) and D(G(z)), iteration by iteration
     progress.gif            the first of those faces, from the first grid to the last
+    losses.csv losses.png   both losses, D(x) and D(G(z)), iteration by iteration
     real_vs_fake.png        training images beside generated ones, at the end
     generator.safetensors   what generator.py needs
     checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
@@ -18,59 +18,25 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
+import itertools
 import os
-import re
 import signal
-import threading
 import time
-from collections import deque
 from pathlib import Path
 
-from dataReader import (
-    SIZES,
-    FaceReader,
-    Problem,
-    command_line,
-    grid,
-    make_folder,
-    read_image,
-    replacing,
-    run,
-    save_gif,
-    save_grids,
-    save_png,
-    say,
-)
-from network import (
-    NOISES,
-    Discriminator,
-    Generator,
-    average_weights,
-    check_shapes,
-    draw_faces,
-    estimate_statistics,
-    face_latents,
-    latent,
-    load_state,
-    loss,
-    margin,
-    read_tensors,
-    save_generator,
-    use_device,
-    write_tensors,
-)
-
 import numpy as np
-import paddle
-import paddle.distributed as dist
-from paddle.nn import functional as F
 from tqdm import tqdm
 
-# -------------------------------------------------------------------------------------------------
-# settings (each is also a flag, e.g. --batch_size 64)
+import dataReader
+import network
+import weightInit
+from dataReader import Problem, say
+from weightInit import paddle
 
+dist, F = paddle.distributed, paddle.nn.functional
+fleet_utils = dist.fleet.utils.hybrid_parallel_util
+
+# --- settings (each is also a flag, e.g. --batch_size 64) ----------------------------------------
 # data
 data_path = "imgs"       # folder of training images, searched recursively
 image_size = 64          # height and width of an image: 32, 64 or 128 (run pretreat.py with it too)
@@ -97,23 +63,15 @@ sample_every = 100       # iterations between grids of faces; there is one after
 save_every = 200         # iterations between checkpoints, and after each epoch; less on a slow CPU
 restart = False          # move an earlier run in output_path aside instead of going on with it
 
-# -------------------------------------------------------------------------------------------------
-# the algorithm
+# --- the algorithm -------------------------------------------------------------------------------
+def descend(loss, net, optimizer, scaler):
+    """One optimizer step of a network down the gradient of a loss, a 0-D tensor.
 
-
-def descend(value, optimizer, scaler):
-    """One optimizer step down the gradient of a loss, which is averaged over the processes.
-
-    Args:
-        value: the loss, a 0-D tensor.
-        optimizer: of the parameters to change.
-        scaler: paddle.amp.GradScaler; not enabled unless training in float16, where it waits for
-            the device to see whether the gradient has overflowed.
+    `scaler`, a paddle.amp.GradScaler, does nothing unless training in float16.
     """
-    scaler.scale(value).backward()
-    # before the scaler looks for an overflow, so that all processes see it or none
-    average(parameter.grad for parameter in optimizer._parameter_list
-            if not parameter.stop_gradient)
+    scaler.scale(loss).backward()
+    if dist.get_world_size() > 1:  # their mean, before the scaler looks for an overflow
+        fleet_utils.fused_allreduce_gradients(net.parameters(), None)
     scaler.step(optimizer)
     scaler.update()
     optimizer.clear_grad()
@@ -122,641 +80,336 @@ def descend(value, optimizer, scaler):
 def d_step(D, optimizer, scaler, real, fake):
     """Teach D to tell real images from generated ones: one Adam step on the sum of both losses.
 
-    Args:
-        D: the discriminator.
-        optimizer, scaler: of D's parameters.
-        real, fake: images `[N, 3, S, S]` in [-1, 1]; no gradient flows on into `fake`.
-
-    Returns:
-        (loss, D(x), D(G(z))), 0-D tensors: the sum of the two losses in nats, and the mean
-        probabilities of being real that D gave.
+    `real` and `fake` are `[N, 3, S, S]` in [-1, 1]; no gradient flows on into `fake`. Returns 0-D
+    tensors: that sum in nats, D(x) and D(G(z)), the mean probabilities of being real.
     """
     logits_real, logits_fake = D(real), D(fake.detach())
-    d_loss = loss(logits_real, 1) + loss(logits_fake, 0)
-    descend(d_loss, optimizer, scaler)
+    d_loss = network.loss(logits_real, 1) + network.loss(logits_fake, 0)
+    descend(d_loss, D, optimizer, scaler)
     with paddle.no_grad():
-        return (d_loss.detach(), F.sigmoid(margin(logits_real)).mean(),
-                F.sigmoid(margin(logits_fake)).mean())
+        return (d_loss.detach(), F.sigmoid(network.margin(logits_real)).mean(),
+                F.sigmoid(network.margin(logits_fake)).mean())
 
 
-def g_step(D, optimizer, scaler, fake):
-    """Teach G to make images that D calls real: one Adam step.
+def g_step(G, D, optimizer, scaler, fake):
+    """Teach G to make images that D calls real: one Adam step; returns the loss in nats, 0-D.
 
-    Args:
-        D: the discriminator; its parameters are frozen meanwhile.
-        optimizer, scaler: of G's parameters.
-        fake: images `[N, 3, S, S]` that G made, with the way back to its parameters.
-
-    Returns:
-        The loss in nats, a 0-D tensor.
+    `fake` are images `[N, 3, S, S]` with the way back to G's parameters; D's are frozen meanwhile.
     """
     frozen = [parameter for parameter in D.parameters() if not parameter.stop_gradient]
     for parameter in frozen:
         parameter.stop_gradient = True
-    g_loss = loss(D(fake), 1)
-    descend(g_loss, optimizer, scaler)
+    g_loss = network.loss(D(fake), 1)
+    descend(g_loss, G, optimizer, scaler)
     for parameter in frozen:
         parameter.stop_gradient = False
     return g_loss.detach()
 
 
-def iterate(nets, optimizers, scalers, images, z, d_steps, amp=None):
+def iterate(nets, optimizers, scaler, images, z, d_steps, amp=None):
     """One iteration: `d_steps` discriminator steps, then generator steps (§4).
 
     The first generator step is on the images that the last discriminator step saw, which saves
     making them again; D has changed since, so its verdict on them is new.
 
     Args:
-        nets, optimizers, scalers: dicts with the keys "D" and "G".
+        nets, optimizers: dicts with the keys "D" and "G".
         images: uint8 tensor `[N, 3, S, S]`.
-        z: latent vectors, a tensor `[draws, N, z_dim]`; there are draws - d_steps + 1 generator
-            steps.
-        d_steps: discriminator steps.
+        z: latent vectors, a tensor `[d_steps + generator steps - 1, N, z_dim]`.
         amp: "bfloat16" or "float16" for mixed precision, None for float32.
 
     Returns:
-        Tensor `[4]`: D's loss, G's loss, D(x), D(G(z)), of the last step of each network. It stays
-        on the device, so that the device need not be waited for.
+        Tensor `[4]`, on the device: D's loss, G's loss, D(x), D(G(z)) of each network's last step.
     """
-    D, G = nets["D"], nets["G"]
+    G, D = nets["G"], nets["D"]
     real = images.astype("float32") / 127.5 - 1
     # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
     with paddle.amp.auto_cast(amp is not None, {"conv2d_transpose"}, dtype=amp or "float16"):
         for draw in range(d_steps):
             fake = G(z[draw])
-            d_loss, d_real, d_fake = d_step(D, optimizers["D"], scalers["D"], real, fake)
-        g_loss = g_step(D, optimizers["G"], scalers["G"], fake)
+            d_loss, d_real, d_fake = d_step(D, optimizers["D"], scaler, real, fake)
+        g_loss = g_step(G, D, optimizers["G"], scaler, fake)
         for draw in range(d_steps, len(z)):
-            g_loss = g_step(D, optimizers["G"], scalers["G"], G(z[draw]))
+            g_loss = g_step(G, D, optimizers["G"], scaler, G(z[draw]))
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
 
 
-class Batches(paddle.io.IterableDataset):
-    """What the iterations of an epoch need, for paddle.io.DataLoader.
+def batches(reader, options, step):
+    """Yield (step, epoch, batch, images, z) of each iteration after `step`, all counted from 1.
 
-    Args:
-        reader: the FaceReader.
-        options: the settings.
-        step: number of iterations done; the epoch goes on from there.
-        offset: the step before epoch 1, see `epoch_offset`.
-
-    Attributes:
-        error: what ended the last pass before its end, or None. An exception in the loader's
-            thread would leave the training waiting for ever.
-
-    Yields:
-        (images, z), numpy arrays that the loader makes the tensors of that `iterate` takes. (seed,
-        number of the iteration, rank) determine the latent vectors.
+    Here alone step, epoch and batch are turned into each other; images and z are for `iterate`.
     """
-
-    def __init__(self, reader, options, step, offset=0):
-        self.reader, self.options, self.step, self.error = reader, options, step, None
-        self.offset = offset
-
-    def __iter__(self):
-        options, step = self.options, self.step
-        epoch, start = divmod(step - self.offset, len(self.reader))
-        try:
-            for images in self.reader.epoch(epoch + 1, start):
-                step += 1
-                yield images, np.stack([
-                    latent([options.seed, step, self.reader.rank, draw],
-                           [len(images), options.z_dim], options.noise)
-                    for draw in range(1, options.d_steps + options.g_steps)])
-        except Exception as error:
-            self.error = error
+    while step < options.epochs * len(reader):
+        epoch, batch = divmod(step, len(reader))  # that are done
+        for images in reader.epoch(epoch + 1, batch):
+            step, batch = step + 1, batch + 1
+            # a key's last number is not 0, or these would be faces of generator.py: see `latent`
+            z = [network.latent([options.seed, step, reader.rank, draw + 1],
+                                [len(images), options.z_dim], options.noise)
+                 for draw in range(options.d_steps + options.g_steps - 1)]
+            yield step, epoch + 1, batch, paddle.to_tensor(images), paddle.to_tensor(np.stack(z))
 
 
-# -------------------------------------------------------------------------------------------------
-# several processes, one a device, started by Paddle's launcher; a single one needs nobody
+# --- several processes, one a device, started by Paddle's launcher -------------------------------
+# The rule: all make all calls, since each may wait for the others; where a file is written, and
+# only there, `first()` is asked.
 
-
-def average(tensors):
-    """Set tensors to their mean over the processes, in one message; float32, the same on all."""
-    if dist.get_world_size() > 1:
-        tensors = list(tensors)
-        with paddle.no_grad():
-            flat = paddle.concat([tensor.reshape([-1]) for tensor in tensors])
-            dist.all_reduce(flat)
-            parts = paddle.split(
-                flat / dist.get_world_size(), [int(np.prod(tensor.shape)) for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                paddle.assign(part.reshape(tensor.shape), tensor)
-
-
-def from_first(value):
-    """Return, on all processes, what the one of rank 0 has."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(values, 0)
-    return values[0]
+def first():
+    """Whether this process is the one that writes."""
+    return dist.get_rank() == 0
 
 
 def check_same(value, what):
-    """Check that all processes have the same value.
-
-    Raises:
-        Problem: they have not; `what` is named.
-    """
-    values = [value]
+    """Raise a Problem that names `what`, unless all processes have the same value."""
+    values = []
     if dist.get_world_size() > 1:
-        values.clear()
         dist.all_gather_object(values, value)
     if any(other != value for other in values):
         raise Problem(f"{what} differ between the processes")
 
 
 def begin(options):
-    """Make the FaceReader of this process, have the device used, and join the other processes.
-
-    The first process on a machine packs the images, the others wait for it.
-
-    Raises:
-        Problem: see FaceReader and `use_device`; or the processes have not the same settings and
-            images.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    first = os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
-    if world > 1:  # the launcher ends all when one has ended, or it is told to
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
-    if "PADDLE_TRAINER_ID" in os.environ:  # if it is killed, they end too: PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL if world > 1 else signal.SIGTERM)
-
-    def make():
-        return FaceReader(options.data_path, options.image_size, options.batch_size, options.seed,
-                          rank, world)
-
-    if first:  # before the device is in use, since packing forks this process
-        reader = make()
-    else:
-        say("waiting for the first process, which packs the images if need be")
-    use_device(options.device)
-    if world > 1:
+    """Return this process's FaceReader, once its device is in use and all processes have joined."""
+    if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+    reader = dataReader.FaceReader(
+        options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
+        dist.get_world_size())  # one process packs, the others wait
+    network.use_device(options.device)
+    if dist.get_world_size() > 1:
         device = paddle.get_device()
         dist.init_parallel_env()
         if device.split(":")[0] != paddle.get_device().split(":")[0]:
-            raise Problem(f"--device {options.device} is {device}, but the launcher is for"
-                          f" {paddle.get_device()}: pass --device cpu with --backend gloo, or"
-                          " leave both")
-        dist.barrier()
-    if not first:
-        reader = make()
+            raise Problem(f"the launcher is for {paddle.get_device()}, but --device"
+                          f" {options.device} is {device}: --backend gloo goes with --device cpu")
     check_same((vars(options), reader.digest), "the settings or the images")
+    if paddle.get_device() != "cpu":
+        paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})
     return reader
 
 
-def epoch_offset(info, reader):
-    """The step before epoch 1, had all epochs the length they have with this many processes.
-
-    Args:
-        info: of the checkpoint to go on from.
-        reader: the FaceReader, which knows the length of an epoch.
-
-    Raises:
-        Problem: the number of processes is another, and the epoch is not at its end.
-    """
-    if info["processes"] == reader.world_size:
-        return info["offset"]
-    epochs, batch = divmod(info["step"] - info["offset"], info["batches"])
-    if batch:
-        raise Problem(
-            f"the run had {info['processes']} processes, not {reader.world_size}, and is at batch"
-            f" {batch} of {info['batches']}: start as many as it had, since the number can change"
-            " only between two epochs")
-    return info["step"] - epochs * len(reader)
-
-
-# -------------------------------------------------------------------------------------------------
-# the checkpoint
-
+# --- the files of a run --------------------------------------------------------------------------
+ALGORITHM = 1  # raise it when you change what an iteration computes, and older runs are refused
+BEFORE = {"algorithm": 1, "processes": 1}  # what older runs had, which do not name a setting
 # What may differ when a run goes on: none of it changes an iteration.
 FREE = {"data_path", "epochs", "device", "output_path", "log_every", "sample_every", "save_every",
         "restart"}
+WAYS = "pass another --output_path, or --restart to move the old run aside"
+DIVERGED = f"the last checkpoint is kept. What usually helps: half the --learning_rate; {WAYS}"
 
 
-def _adam(net):
-    """Yield (name, key, shape) of each tensor of the state of `net`'s Adam.
+def open_output(options, stack):
+    """Make the output folder, keep other runs out until `stack` (an ExitStack) ends; its Path."""
+    folder = Path(options.output_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another train.py is writing to {folder}: wait for it, or pass another --output_path"
+    stack.enter_context(dataReader.locked(folder, busy))
+    if options.restart and any(folder.glob("*.safetensors")):
+        aside = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        aside = folder.rename(next(path for path in aside if not path.exists()))
+        say(f"the run in {folder} is now in {aside}")
+        folder.mkdir()
+        stack.enter_context(dataReader.locked(folder, busy))
+    return folder
 
-    The name begins with that of the parameter in `net`, Paddle's key with one that it makes up.
+
+def weights(nets):
+    """All weights and BN statistics by name, e.g. `G.layers.3.weight`."""
+    return {f"{name}.{key}": value for name, net in nets.items()
+            for key, value in net.state_dict().items()}
+
+
+def adam_state(nets):
+    """Of the state of both Adams (key, shape) by name; Paddle makes its keys up in each run."""
+    return {f"{name}.{kind}": (f"{value.name}_{kind}_0", value.shape if "moment" in kind else [1])
+            for name, value in weights(nets).items()
+            if not name.startswith("average") and not value.stop_gradient
+            for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")}
+
+
+def save(folder, nets, optimizers, scaler, settings, step):
+    """Save all that training changes as the checkpoint, and what generator.py needs.
+
+    Raises a Problem if a weight is not finite, or not the same on all processes.
     """
-    for name, value in net.state_dict().items():
-        if not value.stop_gradient:
-            for moment in "moment1", "moment2":
-                yield f"{name}.{moment}", f"{value.name}_{moment}_0", value.shape
-            for power in "beta1_pow_acc", "beta2_pow_acc":
-                yield f"{name}.{power}", f"{value.name}_{power}_0", [1]
-
-
-def save_checkpoint(path, nets, optimizers, info):
-    """Save all that training changes: the networks and Adam's moments and powers.
-
-    Args:
-        path: of the file.
-        nets: the networks by name: G, D and the average of G.
-        optimizers: those of G and D.
-        info: the step, the settings, the state of the scalers.
-
-    Raises:
-        Problem: a weight is not finite, or the file cannot be written.
-    """
-    tensors = {}
-    for name, net in nets.items():
-        tensors |= {f"{name}.{key}": value.numpy() for key, value in net.state_dict().items()}
-        if name in optimizers:
-            state = optimizers[name].state_dict()
-            tensors |= {f"{name}.{own}": state[key].numpy() for own, key, _ in _adam(net)}
+    adam = {**optimizers["G"].state_dict(), **optimizers["D"].state_dict()}
+    tensors = weights(nets) | {name: adam[key] for name, (key, _) in adam_state(nets).items()}
+    tensors = {name: value.numpy() for name, value in tensors.items()}
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise Problem(f"{name} is no longer finite at iteration {info['step']}; {DIVERGED}")
-    write_tensors(path, tensors, {"kind": "checkpoint", **info})
+            raise Problem(f"{name} is no longer finite at iteration {step}; {DIVERGED}")
+    check_same(weightInit.checksum({  # each process has its own statistics of batch normalization
+        name: value for name, value in tensors.items()
+        if not name.endswith(("_mean", "_variance"))}, ""), f"the networks at iteration {step}")
+    if first():
+        # empty unless enabled; the scale is an array, which JSON cannot hold
+        scale = {key: np.asarray(value).tolist() for key, value in scaler.state_dict().items()}
+        network.save_generator(folder / "generator.safetensors", nets["average"], nets["G"],
+                               settings["noise"], step)
+        # last, so that a killed run's generator is never older than its checkpoint
+        weightInit.write_tensors(folder / "checkpoint.safetensors", tensors, {
+            "kind": "checkpoint", "step": step, "settings": settings, "scaler": scale})
 
 
-def load_checkpoint(path, nets, optimizers, tensors):
-    """Set networks and optimizers from the tensors of a checkpoint.
-
-    Raises:
-        Problem: they are of other networks; `path` is named.
-    """
-    check_shapes(tensors, {
-        f"{name}.{key}": shape for name, net in nets.items() for key, shape in [
-            *((key, value.shape) for key, value in net.state_dict().items()),
-            *((own, shape) for own, _, shape in _adam(net) if name in optimizers)]}, path)
-    for name, net in nets.items():
-        load_state(net, {key: tensors[f"{name}.{key}"] for key in net.state_dict()}, path)
-    for name, optimizer in optimizers.items():
-        optimizer.set_state_dict({key: paddle.to_tensor(tensors[f"{name}.{own}"])
-                                  for own, key, _ in _adam(nets[name])})
-
-
-def _lock(path):
-    """Create a folder and lock it for this process: return its Path and the open lock file.
-
-    Raises:
-        Problem: another process has it.
-    """
-    folder = make_folder(path)
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise Problem(f"--output_path {path} must be a folder of its own")
-    lock = open(folder / ".lock", "a+")  # noqa: SIM115, open until the process ends
+def read_checkpoint(path, settings):
+    """Read (tensors, step, scaler's state); a Problem if it is damaged or of other settings."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        moved = not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
-    except (BlockingIOError, FileNotFoundError):
-        moved = True
-    if moved:
-        raise Problem(f"another train.py is writing to {folder}: wait for it, or pass another"
-                      " --output_path")
-    return folder, lock
-
-
-def open_output(options, settings):
-    """Take hold of the output folder, and read the checkpoint to go on from, if there is one.
-
-    Args:
-        options: the settings.
-        settings: those that change the result, with what else must be the same to go on.
-
-    Returns:
-        (folder, lock, tensors, info), what the checkpoint holds; tensors and info are None for a
-        new run. The folder is this process's own as long as the file `lock` is open.
-
-    Raises:
-        Problem: another process has it, or what is in it cannot be gone on from.
-    """
-    folder, lock = _lock(options.output_path)
-    path = folder / "checkpoint.safetensors"
-    if options.restart and any(folder.glob("*.safetensors")):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        try:
-            folder.rename(aside)
-        except OSError as error:
-            raise Problem(f"cannot move {folder} aside ({error.strerror}): pass another"
-                          " --output_path") from error
-        say(f"the run in {folder} is now in {aside}")
-        lock.close()
-        folder, lock = _lock(options.output_path)
-
-    ways = "pass another --output_path, or --restart to move the old run aside"
-    if not path.exists():
-        if (folder / "generator.safetensors").exists():
-            raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {ways}")
-        return folder, lock, None, None
-    try:
-        tensors, info = read_tensors(path, "checkpoint")
-        old = dict(info["settings"])
-        for name in "step", "processes", "batches", "offset":
-            info[name] = int(info[name])
-        info["scalers"] = {name: dict(info["scalers"][name]) for name in ("G", "D")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise Problem(f"{path} is not a checkpoint that train.py saved; {ways}") from error
-    except Problem as problem:
-        raise Problem(f"{problem}; {ways}") from problem
+        tensors, info = weightInit.read_tensors(path, "checkpoint")
+        old, step, scale = {**BEFORE, **info["settings"]}, int(info["step"]), info.get("scaler", {})
+    except (Problem, KeyError, TypeError, ValueError) as error:
+        raise Problem(f"cannot go on from {path}: {error}; {WAYS}") from error
     different = [f"{name} {old.get(name)} (now {settings.get(name)})"
                  for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
     if different:
-        raise Problem(f"the run in {folder} has {', '.join(different)}: set it back, {ways}")
-    return folder, lock, tensors, info
+        raise Problem(f"the run in {path.parent} has {', '.join(different)}: set it back, {WAYS}")
+    return tensors, step, scale
 
 
-# -------------------------------------------------------------------------------------------------
-# the run
+def load(folder, nets, optimizers, scaler, settings):
+    """Set what training changes from the first process's checkpoint; return its step, or 0."""
+    path, saved = folder / "checkpoint.safetensors", [None]
+    if first() and path.exists():
+        saved = [read_checkpoint(path, settings)]
+    elif first() and (folder / "generator.safetensors").exists():
+        raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {WAYS}")
+    now, adam = weights(nets), adam_state(nets)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(saved, 0)
+        for value in now.values():  # one seed is not one stream on different cards
+            dist.broadcast(value, 0)
+    if not saved[0]:
+        return 0
+    tensors, step, scale = saved[0]
+    weightInit.check_shapes(tensors, {name: value.shape for name, value in now.items()}
+                            | {name: shape for name, (_, shape) in adam.items()}, path)
+    for name, value in now.items():
+        value.set_value(tensors[name])
+    for optimizer in optimizers.values():
+        optimizer.set_state_dict(
+            {key: paddle.to_tensor(tensors[name]) for name, (key, _) in adam.items()})
+    scaler.load_state_dict(scale)  # does nothing unless it is enabled
+    return step
 
 
-DIVERGED = ("the last checkpoint, if there is one, is kept. What usually helps: half the"
-            " --learning_rate, with another --output_path or --restart")
+# --- what a run shows ----------------------------------------------------------------------------
+LONG = 300  # iterations without a face that D takes for real, after which D has won
 
 
-class Stops:
-    """While entered: the first SIGINT or SIGTERM is noted in `signal`, another ends the process.
+class Losses:
+    """losses.csv, cut after iteration `step`, since what came then will come again."""
 
-    One within a second is the same, since Paddle's launcher sends several.
+    def __init__(self, path, step):
+        # pending: (step, epoch, batch, tensor of `iterate`), which `flush` alone waits for
+        self.path, self.pending, self.won = path, [], 0
+        if first():
+            rows = path.read_bytes().splitlines(True)[1:step + 1] if path.exists() else []
+            with dataReader.replacing(path) as file:
+                file.writelines([b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows])
 
-    A thread watches for them, since Python's own handlers wait for Paddle's call to return, which
-    takes seconds on a CPU.
-    """
-
-    signal = 0
-
-    def __enter__(self):
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer)
-        self.before = {number: signal.signal(number, lambda *_: None)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self):
-        noted = None
-        while number := os.read(self.reader, 1):
-            if self.signal:
-                if time.monotonic() > noted + 1:
-                    os._exit(128 + number[0])
-            else:
-                self.signal, noted = number[0], time.monotonic()
-                say("stopping after this iteration; once more to stop at once")
-        os.close(self.reader)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        os.close(self.writer)  # which ends the thread
+    def flush(self):
+        """Write what is pending; return D's loss, G's loss, D(x), D(G(z)) of the last iteration."""
+        values, lines = paddle.stack([value for *_, value in self.pending]), ""
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values)
+        values = values.numpy() / dist.get_world_size()
+        for (step, epoch, batch, _), row in zip(self.pending, values, strict=True):
+            if not np.isfinite(row).all():
+                raise Problem(f"the loss of iteration {step} is not finite; {DIVERGED}")
+            lines += f"{step},{epoch},{batch}," + ",".join(f"{value:.6g}" for value in row) + "\n"
+            self.won = self.won % LONG + 1 if row[3] < 0.01 else 0
+            if self.won == LONG and first():
+                say(f"iteration {step}: D has won, no face has fooled it for {LONG} iterations."
+                    f" What usually helps: --g_steps 3, or half the --learning_rate; {WAYS}")
+        self.pending.clear()
+        if first():
+            with open(self.path, "a") as file:
+                file.write(lines)
+        return row
 
 
-def draw_losses(source, path):
-    """Draw losses.csv (§5): the losses, and below them D(x) and D(G(z)).
-
-    The faint lines are the values, the strong ones their means over a fiftieth of the run.
-
-    Args:
-        source: the csv.
-        path: the PNG to write.
-    """
-    from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
-
-    step, _, _, d_loss, g_loss, d_real, d_fake = np.genfromtxt(
-        source, delimiter=",", ndmin=2)[1:].T
-    if len(step) == 0:  # the csv was lost
-        return
-    span = max(1, len(step) // 50)
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    losses, verdicts = figure.subplots(2, sharex=True)
-    for axes, color, label, values in (
-            (losses, "C0", "generator G", g_loss), (losses, "C1", "discriminator D", d_loss),
-            (verdicts, "C2", "D(x), real images", d_real),
-            (verdicts, "C3", "D(G(z)), generated images", d_fake)):
-        axes.plot(step, values, color, alpha=0.25, linewidth=0.5)
-        axes.plot(np.convolve(step, np.ones(span) / span, "valid"),
-                  np.convolve(values, np.ones(span) / span, "valid"), color, label=label)
-    losses.set_title("Losses of generator and discriminator")
-    losses.set_ylabel("loss (nats)")
-    losses.set_ylim(0, 1.1 * max(1, *np.quantile([d_loss, g_loss], 0.95, axis=1)))  # no spikes
-    verdicts.set_title("What the discriminator takes for real")
-    verdicts.set_ylabel("probability of being real")
-    verdicts.set_ylim(0, 1)
-    verdicts.set_xlabel("iteration")
-    for axes in losses, verdicts:
-        axes.legend(loc="upper right")
-        axes.grid(alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def draw_progress(folder, size):
-    """Make progress.gif of the grids in a folder: their first 6×6 faces, in 60 frames at most.
-
-    Args:
-        folder: the Path where the grids are, and where the GIF goes.
-        size: height and width of a face, pixels.
-    """
-    grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
-                   key=lambda path: [int(part) for part in path.stem.split("_")])
-    if not grids:  # they were removed
-        return
-    chosen = np.unique(np.linspace(0, len(grids) - 1, 60).round().astype(int))
-    edge = 6 * (size + 2) + 2
-    save_gif(folder / "progress.gif", [
-        read_image(grids[number]).crop((0, 0, edge, edge)) for number in chosen], 150, 2000)
-
-
-LONG = 300  # iterations without a success of G's after which D has won
-
-
-def d_has_won(recent):
-    """Whether D has not been fooled for long, while G's loss has risen.
-
-    Args:
-        recent: (G's loss, D(G(z))) of the last `LONG` iterations, or of fewer, which is too early.
-    """
-    if len(recent) < LONG:
-        return False
-    g_loss, d_fake = np.transpose(recent)
-    return d_fake.max() < 0.01 and g_loss[-LONG // 3:].mean() > g_loss[:LONG // 3].mean()
-
-
-def amp_type(wanted):
-    """The type for mixed precision: bfloat16 on a GPU that has it, else float16; None on a CPU."""
-    if not wanted:
-        return None
-    if paddle.get_device() == "cpu":
-        say("amp is off: it is for GPUs")
-        return None
-    return "bfloat16" if paddle.device.cuda.get_device_capability() >= (8, 0) else "float16"
+# --- the run -------------------------------------------------------------------------------------
+def build(options, amp):
+    """Make (nets, optimizers, scaler) from the seed; the dicts' keys are "G", "D" and "average"."""
+    paddle.seed(options.seed)
+    shape = options.image_size, options.width
+    nets = {"G": network.Generator(options.z_dim, *shape), "D": network.Discriminator(*shape),
+            "average": network.Generator(options.z_dim, *shape)}
+    nets["average"].eval()
+    network.average_weights(nets["average"], nets["G"], 0)
+    optimizers = {name: paddle.optimizer.Adam(
+        options.learning_rate, options.beta1, options.beta2, parameters=nets[name].parameters())
+        for name in ("G", "D")}
+    return nets, optimizers, paddle.amp.GradScaler(amp == "float16")
 
 
 def train(options):
     """Train, from scratch or from the checkpoint, and write what the docstring of this file lists.
 
-    Raises:
-        Problem: something in the settings, the data or the files that the user can put right, or
-            a loss that is not finite.
-        SystemExit: after SIGINT or SIGTERM, once the iteration is done and saved.
+    A SIGINT or SIGTERM becomes SystemExit, once the iteration is done and saved.
     """
     reader = begin(options)
-    rank, world = reader.rank, reader.world_size
-    if paddle.get_device() != "cpu":
-        paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})
-    amp = amp_type(options.amp)
+    amp = network.amp_type(options.amp)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings["amp"] = amp or "float32"
-    settings["images"] = f"{len(reader.images)} of digest {reader.digest[:8]}"
-    output, lock, tensors, info = open_output(options, settings) if rank == 0 else [None] * 4
-    output, tensors, info = from_first((output, tensors, info))
-    step, offset = (info["step"], epoch_offset(info, reader)) if info else (0, 0)
-
-    paddle.seed(options.seed)
-    G = Generator(options.z_dim, options.image_size, options.width)
-    D = Discriminator(options.image_size, options.width)
-    averaged = Generator(options.z_dim, options.image_size, options.width)
-    averaged.eval()
-    average_weights(averaged, G, 0)
-    nets = {"G": G, "D": D, "average": averaged}
-    optimizers = {name: paddle.optimizer.Adam(
-        options.learning_rate, options.beta1, options.beta2, parameters=nets[name].parameters())
-        for name in ("G", "D")}
-    scalers = {name: paddle.amp.GradScaler(amp == "float16") for name in optimizers}
-    checkpoint, csv = output / "checkpoint.safetensors", output / "losses.csv"
-    total = offset + options.epochs * len(reader)
-    if tensors:
-        load_checkpoint(checkpoint, nets, optimizers, tensors)
-        for name, scaler in scalers.items():
-            scaler.load_state_dict(info["scalers"][name])  # does nothing unless it is enabled
-        say(f"{output}: " + (f"going on after iteration {step} of {total}" if step < total else
-                             f"finished after {step} iterations; pass more --epochs to go on"))
-    elif world > 1:
-        for net in nets.values():
-            for value in net.state_dict().values():
-                dist.broadcast(value, 0)
-    rows = []
-    if tensors and csv.exists():  # what came after the checkpoint will come again
-        rows = re.findall(r"^\d+,\d+,\d+(?:,-?\d+(?:\.\d+)?(?:e[-+]\d+)?){4}\n",
-                          csv.read_text(errors="replace"), re.M)
-        rows = [row for row in rows if int(row.split(",")[0]) <= step]
-    if len(rows) < step and rank == 0:
-        say(f"{csv} lacks {step - len(rows)} iterations before the checkpoint")
-    if rank == 0:
-        with replacing(csv) as file:
-            file.write("".join(
-                ["step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows]).encode())
-
-    fixed_z = face_latents(options.seed, range(100), options.z_dim, options.noise)
-
-    pending = []  # what the device has still to tell, one tensor an iteration
-    # G's loss and D(G(z)); emptied once D has won, so that it is said now and then
-    recent = deque(([float(row.split(",")[at]) for at in (4, 6)] for row in rows), maxlen=LONG)
-
-    def log():
-        values = paddle.stack(pending)
-        average([values])
-        values = values.numpy()
-        first = step - len(pending)
-        pending.clear()
-        lines = ""
-        for at, value in enumerate(values, first):
-            if not np.isfinite(value).all():
-                raise Problem(f"the loss of iteration {at + 1} is not finite; {DIVERGED}")
-            epoch, batch = divmod(at - offset, len(reader))
-            lines += ",".join([f"{at + 1},{epoch + 1},{batch + 1}",
-                               *(f"{number:.6g}" for number in value)]) + "\n"
-            recent.append(value[[1, 3]])
-        try:
-            table.write(lines.encode())
-        except OSError as error:
-            raise Problem(f"cannot write {csv}: {error.strerror}") from error
-        bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {step}/{total}", False)
-        bar.set_postfix_str(
-            "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*values[-1]), False)
-        bar.update(len(values) * options.batch_size * world)
-        if d_has_won(recent) and rank == 0:
-            recent.clear()
-            say(f"iteration {step}: D has won, no face has fooled it for {LONG} iterations, and G"
-                " learns little. What usually helps: --g_steps 3, or half the --learning_rate,"
-                " with --restart or another --output_path; or more images")
-
-    def save():
-        average(value for net in (G, D) for value in net.parameters()
-                if value.stop_gradient)  # BN's statistics
-        if world > 1:
-            digest = hashlib.sha256(b"".join(
-                value.numpy().tobytes() for net in (G, D) for value in net.parameters()))
-            check_same(digest.hexdigest(), f"the networks at iteration {step}")
-        if rank:
-            return
-        os.fsync(table.fileno())
-        # each is empty unless enabled; the scale is an array, which JSON cannot hold
-        states = {name: {key: np.asarray(value).tolist() for key, value in
-                         scaler.state_dict().items()} for name, scaler in scalers.items()}
-        save_checkpoint(checkpoint, nets, optimizers, {
-            "step": step, "settings": settings, "scalers": states, "processes": world,
-            "batches": len(reader), "offset": offset})
-        save_generator(output / "generator.safetensors", averaged, G, options.noise, step)
-
-    def record():
-        draw_losses(csv, output / "losses.png")
-        draw_progress(output, options.image_size)
-
-    drawn = time.monotonic()
-    stops = Stops()
-    each = options.batch_size * world
-    with (open(os.devnull if rank else csv, "ab", buffering=0) as table,
-          stops if world == 1 else contextlib.nullcontext(),
-          tqdm(total=max(step, total) * each, initial=step * each, unit="img", unit_scale=True,
-               disable=rank > 0) as bar):
-        while step < total:
-            epoch, start = divmod(step - offset, len(reader))
-            # The loader copies the next batch to the device while the present one computes.
-            batches = Batches(reader, options, step, offset)
-            loader = paddle.io.DataLoader(batches, batch_size=None)
-            for batch, (images, z) in enumerate(loader, start + 1):
-                step += 1
-                pending.append(iterate(nets, optimizers, scalers, images, z, options.d_steps, amp))
-                # Warmed up: at first the average spans the last tenth of the iterations, so that a
-                # short run does not draw with the weights that it began with.
-                average_weights(averaged, G, min(options.ema_decay, (1 + step) / (10 + step)))
-                last, stop = batch == len(reader), stops.signal
-                sample = last or step % options.sample_every == 0
-                store = last or step % options.save_every == 0 or stop
-                if sample or store or step % options.log_every == 0:
-                    log()
-                if sample or store:  # on all processes: gloo waits for the first for 30 s only
-                    estimate_statistics(averaged, options.noise)
-                if sample and rank == 0:
-                    save_png(output / f"{epoch + 1:04d}_{batch:04d}.png",
-                             grid(draw_faces(averaged, fixed_z)))
-                if store:
-                    save()
-                if last and rank == 0 and time.monotonic() > drawn + 60:
-                    record()
-                    drawn = time.monotonic()
-                if stop:
-                    say(f"stopped after iteration {step}, which is saved: the same command"
-                        f"{' without --restart' if options.restart else ''} goes on")
-                    raise SystemExit(128 + stop)
-            if batches.error:
-                raise batches.error
-
-    if rank:
-        return
-    # Once more, for a run that was killed between its last checkpoint and here.
-    save_generator(output / "generator.safetensors", averaged, G, options.noise, step)
-    record()
-    save_grids(output / "real_vs_fake.png",
-               Real_faces=reader.sample(100), Generated_faces=draw_faces(averaged, fixed_z))
-    print(f"{step} iterations done; to draw faces:"
-          f" python generator.py --checkpoint {output / 'generator.safetensors'}")
+    settings |= {"amp": amp or "float32", "processes": reader.world_size, "algorithm": ALGORITHM,
+                 "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
+    z_shown = network.face_latents(options.seed, range(100), options.z_dim, options.noise)
+    with contextlib.ExitStack() as stack:
+        folder = open_output(options, stack) if first() else Path(options.output_path)
+        nets, optimizers, scaler = state = build(options, amp)
+        done = step = load(folder, *state, settings)
+        losses, drawn = Losses(folder / "losses.csv", done), time.monotonic()
+        each, total = options.batch_size * reader.world_size, options.epochs * len(reader)
+        if done:
+            say(f"{folder}: going on after iteration {done} of {total}")
+        stops = dataReader.note_signals() if reader.world_size == 1 else []
+        bar = stack.enter_context(tqdm(total=max(done, total) * each, initial=done * each,
+                                       unit="img", unit_scale=True, disable=not first()))
+        for step, epoch, batch, images, z in batches(reader, options, done):
+            losses.pending.append((step, epoch, batch, iterate(
+                nets, optimizers, scaler, images, z, options.d_steps, amp)))
+            # Warmed up: at first the average spans the last tenth of the iterations, so that a
+            # short run does not draw with the weights that it began with.
+            network.average_weights(nets["average"], nets["G"],
+                                    min(options.ema_decay, (1 + step) / (10 + step)))
+            last, stop = batch == len(reader), stops[:1]
+            sample = last or step % options.sample_every == 0
+            store = last or step % options.save_every == 0 or stop
+            if sample or store or step % options.log_every == 0:
+                bar.update(len(losses.pending) * each)
+                bar.set_description(f"epoch {epoch}/{options.epochs} it {step}/{total}", False)
+                bar.set_postfix_str(
+                    "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses.flush()))
+            if sample or store:
+                network.estimate_statistics(nets["average"], options.noise)
+            if sample:
+                faces = dataReader.grid(network.draw_faces(nets["average"], z_shown))
+                if first():
+                    dataReader.save_png(folder / f"{epoch:04d}_{batch:04d}.png", faces)
+            if store:
+                save(folder, *state, settings, step)
+            if last and first() and time.monotonic() > drawn + 60:
+                dataReader.draw_run(folder, options.image_size)
+                drawn = time.monotonic()
+            if stop:
+                say(f"stopped after iteration {step}, which is saved: the same command (without"
+                    " --restart) goes on")
+                raise SystemExit(128 + stop[0])
+        if first():
+            dataReader.draw_run(folder, options.image_size)
+            faces = network.draw_faces(nets["average"], z_shown)
+            dataReader.save_grids(folder / "real_vs_fake.png",
+                                  Real_faces=reader.sample(100), Generated_faces=faces)
+            print(f"{step} iterations done; to draw faces:"
+                  f" python generator.py --checkpoint {folder / 'generator.safetensors'}")
 
 
 def main():
-    options = command_line(
-        globals(), image_size=SIZES, z_dim=1, width=1, noise=NOISES, epochs=1,
-        batch_size=1, learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0], d_steps=1,
-        g_steps=1, seed=[0, 2**32], ema_decay=[0.0, 1.0], device=("auto", "gpu", "cpu"),
-        log_every=1, sample_every=1, save_every=1)
-    train(options)
+    train(dataReader.command_line(
+        globals(), image_size=dataReader.SIZES, z_dim=[1], width=[1], noise=network.NOISES,
+        epochs=[1], batch_size=[1], learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0],
+        d_steps=[1], g_steps=[1], seed=[0, 2**32], ema_decay=[0.0, 1.0],
+        device=("auto", "gpu", "cpu"), log_every=[1], sample_every=[1], save_every=[1]))
 
 
 if __name__ == "__main__":
-    run(main)
+    dataReader.run(main)
