@@ -232,12 +232,12 @@ def draw_run(folder, size):
     """Draw what train.py's folder tells (§5): losses.png, and progress.gif of faces of `size`."""
     from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
 
-    table = np.genfromtxt(folder / "losses.csv", delimiter=",", names=True, invalid_raise=False)
+    table = np.atleast_1d(np.genfromtxt(
+        folder / "losses.csv", delimiter=",", names=True, invalid_raise=False))
     grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
                    key=lambda path: [int(part) for part in path.stem.split("_")])
     if table.size == 0 or not grids:  # somebody removed them
         return
-    table = np.atleast_1d(table)
     figure = Figure(figsize=(9, 8), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     mean = np.ones(1 + len(table) // 50) / (1 + len(table) // 50)
@@ -280,7 +280,11 @@ class FaceReader:
     def __init__(self, data_path, image_size, batch_size, seed, rank=0, world_size=1):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         path = packed(Path(data_path), image_size)
-        self.images, self.digest = np.load(path, mmap_mode="r"), path.stem.split("-")[-1]
+        self.digest = path.stem.split("-")[-1]
+        try:
+            self.images = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise Problem(f"{path} is damaged: remove it, it will be made again") from error
         if len(self) == 0:
             number, most = len(self.images), max(1, len(self.images) // world_size)
             raise Problem(f"{data_path} has {number} images, too few for a batch of {batch_size}"
@@ -368,11 +372,10 @@ def pack(folder, files, size, name):
 def main():
     options = command_line(globals(), image_size=SIZES, seed=[0])
     reader = FaceReader(options.data_path, options.image_size, 1, options.seed)
-    chosen = reader.sample(100)
     path = Path(options.output_path) / "training_images.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, grid(chosen, columns=10))
-    print(f"{len(chosen)} of {len(reader.images)} images in {path}")
+    save_png(path, grid(reader.sample(100), columns=10))
+    print(f"{min(100, len(reader.images))} of {len(reader.images)} images in {path}")
 
 
 if __name__ == "__main__":

