@@ -6,7 +6,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -19,6 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+if sys.platform != "linux":
+    sys.exit("these scripts are for Linux; on Windows it is in WSL2, on a Mac in a virtual machine")
 
 # --- settings (each is also a flag, e.g. --image_size 128) ---------------------------------------
 data_path = "imgs"      # folder of training images, searched recursively
@@ -77,13 +79,21 @@ def run(main):
         main()
     except Problem as problem:
         sys.exit(f"{name}: {problem}")
-    except OSError as error:
-        sys.exit(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
-    except MemoryError:
-        sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less")
+    except OSError as error:  # Paddle's of CUDA, cuDNN and NCCL have no number
+        where = f"{error.filename or 'input/output'}: {error.strerror}"
+        sys.exit(f"{name}: {where if error.errno else f'the GPU failed: {reason(error)}'}")
+    except MemoryError as error:
+        sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less;"
+                 f" {reason(error)}")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def reason(error):
+    """What an error of Paddle's says, on one line, without its hints and its place in C++."""
+    text = str(error).split("Error Message Summary:")[-1]
+    return " ".join(re.split(r"\[Hint|\(at |Please check", text)[0].strip("- \n").split())
 
 
 def note_signals():
@@ -111,6 +121,8 @@ def locked(folder, refusal=None):
 
     If another one has it: a Problem with the text `refusal`, or else its end is waited for.
     """
+    import fcntl  # Windows has none, and is told so above
+
     place = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -9,7 +9,7 @@
 import numpy as np
 
 import weightInit
-from dataReader import SIZES, Problem, say
+from dataReader import SIZES, Problem, reason, say
 from weightInit import bn_initializer, paddle, weight_initializer
 
 nn, F = paddle.nn, paddle.nn.functional
@@ -171,17 +171,18 @@ def face_latents(seed, numbers, z_dim, noise):
 @paddle.no_grad()
 def average_weights(averaged, generator, decay):
     """Set the weights of an averaged generator to decay·averaged + (1 − decay)·generator."""
+    weight = paddle.full([], 1.0 - decay)  # a float would be copied to a GPU, waiting, for each
     for mean, value in zip(averaged.parameters(), generator.parameters(), strict=True):
         if value.stop_gradient:  # a statistic of BN: see `estimate_statistics`
             continue
         if decay == 0:  # lerp_ would round
             paddle.assign(value, mean)
         else:
-            mean.lerp_(value, 1.0 - decay)
+            mean.lerp_(value, weight)
 
 
 @paddle.no_grad()
-def estimate_statistics(generator, noise):
+def estimate_statistics(generator, noise, batches=5):
     """Estimate a generator's BN statistics afresh and put it in eval mode.
 
     The running statistics are those of the last two batches or so (momentum 0.5), and those of an
@@ -190,9 +191,9 @@ def estimate_statistics(generator, noise):
     """
     norms = [layer for layer in generator.sublayers() if isinstance(layer, nn.BatchNorm2D)]
     generator.train()
-    for batch in range(5):
+    for batch in range(batches):
         # few large batches, since the variance in a small one is too small: on a full-size net the
-        # mean of faces was off by 4% of their spread with 20 batches of 64, and by 1% with these
+        # mean of faces was off by 4% of their spread with 20 batches of 64, and by 1% with 5 of 256
         for norm in norms:
             norm._momentum = batch / (batch + 1)  # running = the mean of all batches so far
         generator(paddle.to_tensor(
@@ -250,10 +251,13 @@ def load_generator(path, raw=False):
 
 
 # --- the device ----------------------------------------------------------------------------------
+CARDS = [61, 70, 75, 80, 86]  # compute capabilities that PyPI's Paddle 2.6.2 has kernels for
+
+
 def use_device(name):
     """Have Paddle compute on the "gpu", the "cpu", or for "auto" on the GPU, if there is one.
 
-    Raises a Problem if there is no GPU for "gpu", or one that fails when it is used.
+    Raises a Problem if there is no GPU for "gpu", or one that this Paddle cannot use.
     """
     missing = None
     if not paddle.is_compiled_with_cuda():
@@ -269,13 +273,20 @@ def use_device(name):
         return
     try:
         paddle.set_device("gpu")
-        F.conv2d(paddle.ones([1, 1, 4, 4]), paddle.ones([1, 1, 4, 4])).numpy()
-    except Exception as error:  # a missing library, a card too new or too old for this Paddle, ...
-        reason = str(error).split("Error Message Summary:")[-1].strip(" -\n").split("\n")[0]
-        raise Problem(
-            f"there is a GPU, but Paddle {paddle.__version__} cannot use it: {reason} Install the"
-            " CUDA and cuDNN it was built for, or the Paddle for your card (README has a table),"
-            " or pass --device cpu") from error
+        major, minor = paddle.device.cuda.get_device_capability()
+        # Paddle 3 knows its own. A card runs the kernels of its major number up to its own minor.
+        cards = getattr(paddle.version, "cuda_archs", lambda: CARDS)() or [10 * major]
+        fault = None
+        if not any(major == card // 10 and minor >= card % 10 for card in cards):
+            fault = f"it has no kernels for compute capability {major}.{minor}, only {cards}"
+        # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
+        elif float(F.conv2d(*[paddle.ones([1, 1, 4, 4])] * 2).sum() + 1) != 17:
+            fault = "it computes wrong numbers on this card"
+    except Exception as error:  # a missing library, a driver too old, ...
+        fault = reason(error)
+    if fault:
+        raise Problem(f"there is a GPU, but Paddle {paddle.__version__} cannot use it: {fault}."
+                      " README has a table of what to install for which card; or pass --device cpu")
 
 
 def amp_type(wanted):

@@ -56,10 +56,11 @@ ema_decay = 0.999        # of the average of G's weights, which faces are drawn 
 # the run
 amp = False              # mixed precision, on a GPU: bfloat16, or float16 on one before Ampere
 device = "auto"          # "gpu", "cpu", or "auto": the GPU if there is one that Paddle can use
+deterministic = False    # on a GPU: cuDNN's repeatable algorithms, not the fastest ones
 output_path = "Output"   # where everything is written
 log_every = 10           # iterations between updates of the bar and of losses.csv
-sample_every = 100       # iterations between grids of faces; there is one after each epoch too
-save_every = 200         # iterations between checkpoints, and after each epoch; less on a slow CPU
+sample_every = 500       # iterations between grids of faces; there is one at the end too
+save_minutes = 5.0       # between checkpoints; what came after the last one is lost in a kill
 restart = False          # move an earlier run in output_path aside instead of going on with it
 
 # --- the algorithm -------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def descend(loss, net, optimizer, scaler):
         dist.fleet.utils.hybrid_parallel_util.fused_allreduce_gradients(net.parameters(), None)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.clear_grad()
+    optimizer.clear_grad(False)  # frees them; True would fill them with zeros
 
 
 def d_step(D, optimizer, scaler, real, fake):
@@ -136,8 +137,10 @@ def iterate(nets, optimizers, scaler, images, z, d_steps, amp=None):
 def batches(reader, options, step):
     """Yield (step, epoch, batch, images, z) of each iteration after `step`, all counted from 1.
 
-    Here alone step, epoch and batch are turned into each other; images and z are for `iterate`.
+    Here alone step, epoch and batch are turned into each other. images and z are for `iterate`, on
+    a GPU once they have been copied there from page-locked memory, which need not be waited for.
     """
+    place = None if paddle.get_device() == "cpu" else paddle.CUDAPinnedPlace()
     while step < options.epochs * len(reader):
         epoch, batch = divmod(step, len(reader))  # that are done
         for images in reader.epoch(epoch + 1, batch):
@@ -146,7 +149,8 @@ def batches(reader, options, step):
             z = [network.latent([options.seed, step, reader.rank, draw + 1],
                                 [len(images), options.z_dim], options.noise)
                  for draw in range(options.d_steps + options.g_steps - 1)]
-            yield step, epoch + 1, batch, paddle.to_tensor(images), paddle.to_tensor(np.stack(z))
+            yield (step, epoch + 1, batch, paddle.to_tensor(images, place=place),
+                   paddle.to_tensor(np.stack(z), place=place))
 
 
 # --- several processes, one a device, started by Paddle's launcher -------------------------------
@@ -168,7 +172,10 @@ def check_same(value, what):
 
 
 def begin(options):
-    """Return this process's FaceReader, once its device is in use and all processes have joined."""
+    """Return (this process's FaceReader, type of mixed precision); all processes have joined then.
+
+    The images are packed first, since who waits for the others gives up after 15 minutes.
+    """
     if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     reader = dataReader.FaceReader(
@@ -176,23 +183,22 @@ def begin(options):
         dist.get_world_size())  # one process packs, the others wait
     network.use_device(options.device)
     if dist.get_world_size() > 1:
-        device = paddle.get_device()
-        dist.init_parallel_env()
-        if device.split(":")[0] != paddle.get_device().split(":")[0]:
-            raise Problem(f"the launcher is for {paddle.get_device()}, but --device"
-                          f" {options.device} is {device}: --backend gloo goes with --device cpu")
-    check_same((vars(options), reader.digest), "the settings or the images")
-    if paddle.get_device() != "cpu":
-        paddle.set_flags({"FLAGS_cudnn_exhaustive_search": True})
-    return reader
+        dist.init_parallel_env()  # which with --backend gloo takes the CPU
+    amp = network.amp_type(options.amp)
+    check_same((vars(options), reader.digest, amp), "the settings, the images or the cards' types")
+    if paddle.get_device() != "cpu":  # cuDNN's fastest algorithms, or those that repeat to the bit
+        name = "FLAGS_cudnn_deterministic"
+        exact = options.deterministic or paddle.get_flags(name)[name]  # both at once is an error
+        paddle.set_flags({name: exact, "FLAGS_cudnn_exhaustive_search": not exact})
+    return reader, amp
 
 
 # --- the files of a run --------------------------------------------------------------------------
 ALGORITHM = 1  # raise it when you change what an iteration computes, and older runs are refused
 BEFORE = {"algorithm": 1, "processes": 1}  # what older runs had, which do not name a setting
 # What may differ when a run goes on: none of it changes an iteration.
-FREE = {"data_path", "epochs", "device", "output_path", "log_every", "sample_every", "save_every",
-        "restart"}
+FREE = {"data_path", "epochs", "device", "deterministic", "output_path", "log_every",
+        "sample_every", "save_minutes", "restart"}
 WAYS = "pass another --output_path, or --restart to move the old run aside"
 DIVERGED = f"the last checkpoint is kept. What usually helps: half the --learning_rate; {WAYS}"
 
@@ -298,20 +304,26 @@ class Losses:
     """losses.csv, cut after iteration `step`, since what came then will come again."""
 
     def __init__(self, path, step):
-        # pending: (step, epoch, batch, tensor of `iterate`), which `flush` alone waits for
+        # pending: (step, epoch, batch, tensor of `iterate`, what it was made of). `flush` alone
+        # waits for the device; until then, copies from page-locked memory may be under way.
         self.path, self.pending, self.won = path, [], 0
         if first():
             rows = path.read_bytes().splitlines(True)[1:step + 1] if path.exists() else []
             with dataReader.replacing(path) as file:
                 file.writelines([b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows])
 
-    def flush(self):
-        """Write what is pending; return D's loss, G's loss, D(x), D(G(z)) of the last iteration."""
-        values, lines = paddle.stack([value for *_, value in self.pending]), ""
+    def flush(self, due):
+        """Write what is pending.
+
+        Returns D's loss, G's loss, D(x), D(G(z)) of the last iteration, and `due`, a bool, as it is
+        for the first process.
+        """
+        flags = paddle.full([4], float(bool(due) and first()))
+        values, lines = paddle.stack([*(value for *_, value, _ in self.pending), flags]), ""
         if dist.get_world_size() > 1:
             dist.all_reduce(values)
-        values = values.numpy() / dist.get_world_size()
-        for (step, epoch, batch, _), row in zip(self.pending, values, strict=True):
+        *values, flags = values.numpy() / dist.get_world_size()
+        for (step, epoch, batch, *_), row in zip(self.pending, values, strict=True):
             if not np.isfinite(row).all():
                 raise Problem(f"the loss of iteration {step} is not finite; {DIVERGED}")
             lines += f"{step},{epoch},{batch}," + ",".join(f"{value:.6g}" for value in row) + "\n"
@@ -323,7 +335,7 @@ class Losses:
         if first():
             with open(self.path, "a") as file:
                 file.write(lines)
-        return row
+        return row, flags[0] > 0
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -346,8 +358,7 @@ def train(options):
 
     A SIGINT or SIGTERM becomes SystemExit, once the iteration is done and saved.
     """
-    reader = begin(options)
-    amp = network.amp_type(options.amp)
+    reader, amp = begin(options)
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings |= {"amp": amp or "float32", "processes": reader.world_size, "algorithm": ALGORITHM,
                  "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
@@ -356,45 +367,47 @@ def train(options):
         folder = open_output(options, stack) if first() else Path(options.output_path)
         nets, optimizers, scaler = state = build(options, amp)
         done = step = load(folder, *state, settings)
-        losses, drawn = Losses(folder / "losses.csv", done), time.monotonic()
+        losses, saved = Losses(folder / "losses.csv", done), time.monotonic()
         each, total = options.batch_size * reader.world_size, options.epochs * len(reader)
         if done:
             say(f"{folder}: going on after iteration {done} of {total}")
         stops = dataReader.note_signals() if reader.world_size == 1 else []
         bar = stack.enter_context(tqdm(total=max(done, total) * each, initial=done * each,
                                        unit="img", unit_scale=True, disable=not first()))
-        for step, epoch, batch, images, z in batches(reader, options, done):
-            losses.pending.append((step, epoch, batch, iterate(
-                nets, optimizers, scaler, images, z, options.d_steps, amp)))
+        for step, epoch, batch, *sources in batches(reader, options, done):
+            images, z = (source.cuda(blocking=False) if source.place.is_cuda_pinned_place()
+                         else source for source in sources)
+            values = iterate(nets, optimizers, scaler, images, z, options.d_steps, amp)
             # Warmed up: at first the average spans the last tenth of the iterations, so that a
             # short run does not draw with the weights that it began with.
             network.average_weights(nets["average"], nets["G"],
                                     min(options.ema_decay, (1 + step) / (10 + step)))
-            last, stop = batch == len(reader), stops[:1]
+            losses.pending.append((step, epoch, batch, values, sources))
+            last, stop = step == total, stops[:1]
             sample = last or step % options.sample_every == 0
-            store = last or step % options.save_every == 0 or stop
-            if sample or store or step % options.log_every == 0:
-                bar.update(len(losses.pending) * each)
-                bar.set_description(f"epoch {epoch}/{options.epochs} it {step}/{total}", False)
-                bar.set_postfix_str(
-                    "D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses.flush()))
-            if sample or store:
-                network.estimate_statistics(nets["average"], options.noise)
+            if not (sample or stop or step % options.log_every == 0):
+                continue
+            bar.update(len(losses.pending) * each)
+            bar.set_description(f"epoch {epoch}/{options.epochs} it {step}/{total}", False)
+            row, store = losses.flush(
+                last or stop or time.monotonic() >= saved + 60 * options.save_minutes)
+            bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*row))
+            if sample or store:  # roughly for a grid alone
+                network.estimate_statistics(nets["average"], options.noise, 5 if store else 1)
             if sample:
                 faces = dataReader.grid(network.draw_faces(nets["average"], z_shown))
                 if first():
                     dataReader.save_png(folder / f"{epoch:04d}_{batch:04d}.png", faces)
+            if store and first():
+                dataReader.draw_run(folder, options.image_size)
             if store:
                 save(folder, *state, settings, step)
-            if last and first() and time.monotonic() > drawn + 60:
-                dataReader.draw_run(folder, options.image_size)
-                drawn = time.monotonic()
+                saved = time.monotonic()
             if stop:
                 say(f"stopped after iteration {step}, which is saved: the same command (without"
                     " --restart) goes on")
                 raise SystemExit(128 + stop[0])
         if first():
-            dataReader.draw_run(folder, options.image_size)
             faces = network.draw_faces(nets["average"], z_shown)
             dataReader.save_grids(folder / "real_vs_fake.png",
                                   Real_faces=reader.sample(100), Generated_faces=faces)
@@ -407,7 +420,7 @@ def main():
         globals(), image_size=dataReader.SIZES, z_dim=[1], width=[1], noise=network.NOISES,
         epochs=[1], batch_size=[1], learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0],
         d_steps=[1], g_steps=[1], seed=[0, 2**32], ema_decay=[0.0, 1.0],
-        device=("auto", "gpu", "cpu"), log_every=[1], sample_every=[1], save_every=[1]))
+        device=("auto", "gpu", "cpu"), log_every=[1], sample_every=[1], save_minutes=[0.0]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+WITH_GPU = dict(os.environ)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when Paddle loads: all but test_gpu.py is on the CPU
 importlib.import_module("weightInit")  # loads Paddle as the scripts do, before a test would
 
 
@@ -38,8 +40,7 @@ def start(folder, script, *flags, **popen):
     """Start a script in a folder, on the CPU, as `python script flags`."""
     return subprocess.Popen(
         [sys.executable, ROOT / script, *map(str, flags)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **popen)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
 def run(folder, script, *flags, status=0, **popen):

@@ -19,7 +19,6 @@ from network import (
     loss,
     margin,
     save_generator,
-    use_device,
 )
 from weightInit import paddle, read_tensors, write_tensors
 
@@ -243,25 +242,3 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
     np.testing.assert_array_equal(
         read_tensors(tmp_path / "strided", "test")[0]["weight"], np.eye(4)[:, 1:3])
     assert json.dumps(info) == json.dumps(read_tensors(tmp_path / "g", "generator")[1])
-
-
-def test_gpu_that_is_not_there_or_not_usable(monkeypatch, capsys):
-    use_device("auto")
-    assert "using the CPU" in capsys.readouterr().err
-    assert paddle.device.get_device() == "cpu"
-    use_device("cpu")
-    assert capsys.readouterr().err == ""
-    with pytest.raises(Problem, match="--device gpu"):
-        use_device("gpu")
-
-    def fail(device):
-        raise RuntimeError(
-            "(PreconditionNotMet) Cannot load cudnn shared library.\n  [Hint: ...]")
-
-    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
-    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(paddle, "set_device", fail)
-    for name in "auto", "gpu":
-        with pytest.raises(Problem, match="Cannot load cudnn shared library.*cuDNN") as error:
-            use_device(name)
-        assert "\n" not in str(error.value)

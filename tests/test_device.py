@@ -1,0 +1,216 @@
+"""What is done on a GPU, with a stand-in for the card: tests must pass where there is none."""
+
+import os
+import subprocess
+import sys
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import dataReader
+import network
+import train
+from dataReader import Problem
+from weightInit import paddle
+
+NO_CUDNN = RuntimeError(
+    "\n\n--------------\nError Message Summary:\n--------------\nPreconditionNotMetError: Cannot"
+    " load cudnn shared library. Cannot invoke method\n  cudnnGetVersion.\n  [Hint: it"
+    " should not be null.] (at /paddle/phi/backends/dynload/cudnn.cc:64)\n")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Stands in for a card: what Paddle tells of it can be set; `on` is the device in use."""
+    card = SimpleNamespace(built=True, count=1, capability=(8, 6), kernel=16.0, on="cpu")
+
+    def conv2d(*_):
+        if isinstance(card.kernel, Exception):
+            raise card.kernel
+        return paddle.full([1, 1, 1, 1], card.kernel)
+
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: card.built)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: card.count)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: card.capability)
+    monkeypatch.setattr(paddle, "set_device", lambda name: setattr(card, "on", name))
+    monkeypatch.setattr(paddle, "get_device", lambda: card.on)
+    monkeypatch.setattr(paddle.version, "cuda_archs", lambda: network.CARDS, raising=False)
+    monkeypatch.setattr(network.F, "conv2d", conv2d)
+    return card
+
+
+def test_good_card_is_used(card, capsys):
+    for name in "auto", "gpu":
+        card.on = "cpu"
+        network.use_device(name)
+        assert card.on == "gpu"
+    network.use_device("cpu")
+    assert card.on == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("facts", "words"), [
+    ({"built": False}, "build without GPU"), ({"count": 0}, "no GPU or no driver")])
+def test_without_a_gpu_auto_takes_the_cpu_and_says_so(card, capsys, facts, words):
+    vars(card).update(facts, on="gpu")
+    network.use_device("auto")
+    assert card.on == "cpu"
+    assert words in capsys.readouterr().err
+    with pytest.raises(Problem, match=f"--device gpu: .*{words}"):
+        network.use_device("gpu")
+
+
+@pytest.mark.parametrize(("facts", "words"), [
+    ({"kernel": NO_CUDNN}, "PreconditionNotMetError: Cannot load cudnn shared library. Cannot"
+                           " invoke method cudnnGetVersion"),
+    ({"kernel": 0.0}, "wrong numbers"),  # as of a card without kernels, whatever it says of itself
+    ({"capability": (9, 0)}, "compute capability 9.0"), ({"capability": (6, 0)}, "capability 6.0"),
+    ({"capability": (12, 0)}, "compute capability 12.0")])
+@pytest.mark.parametrize("name", ["auto", "gpu"])
+def test_card_that_this_paddle_cannot_use_is_one_line(card, name, facts, words):
+    vars(card).update(facts)
+    with pytest.raises(Problem) as error:
+        network.use_device(name)
+    message = str(error.value)
+    assert words in message
+    assert "README has a table" in message
+    assert "--device cpu" in message
+    assert not any(text in message for text in ("\n", "Hint", "/paddle/"))
+
+
+def test_no_kernel_runs_on_a_card_without_them(card):
+    """It could end the process."""
+    card.capability, card.kernel = (9, 0), AssertionError("it ran")
+    with pytest.raises(Problem, match="capability 9.0"):
+        network.use_device("auto")
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5), (8, 0), (8, 9)])
+def test_kernels_run_on_later_cards_of_their_major_number(card, capability):
+    card.capability = capability
+    network.use_device("gpu")
+    assert card.on == "gpu"
+
+
+def test_paddle_that_does_not_tell_its_kernels_is_tried(card, monkeypatch):
+    card.capability = (12, 0)
+    monkeypatch.setattr(paddle.version, "cuda_archs", list, raising=False)
+    network.use_device("gpu")
+    monkeypatch.delattr(paddle.version, "cuda_archs")  # as in 2.6, which has those of CARDS
+    with pytest.raises(Problem, match="capability 12.0"):
+        network.use_device("gpu")
+
+
+def test_type_of_mixed_precision_is_the_cards(card, capsys):
+    card.on = "gpu:0"
+    assert network.amp_type(False) is None
+    for card.capability, expected in ((7, 5), "float16"), ((8, 0), "bfloat16"):
+        assert network.amp_type(True) == expected
+    card.on = "cpu"
+    assert network.amp_type(True) is None
+    assert "amp is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wanted", "users", "exact"), [
+    (False, False, False), (True, False, True), (False, True, True)])
+def test_cudnn_searches_unless_it_is_to_be_deterministic(card, monkeypatch, wanted, users, exact):
+    """Both at once makes every convolution an error."""
+    flags = {"FLAGS_cudnn_deterministic": users, "FLAGS_cudnn_exhaustive_search": False}
+    monkeypatch.setattr(paddle, "get_flags", lambda name: {name: flags[name]})
+    monkeypatch.setattr(paddle, "set_flags", flags.update)
+    monkeypatch.setattr(dataReader, "FaceReader", lambda *_: SimpleNamespace(digest=""))
+    options = SimpleNamespace(data_path="", image_size=64, batch_size=1, seed=0, device="gpu",
+                              amp=True, deterministic=wanted)
+    _, amp = train.begin(options)
+    assert amp == "bfloat16"
+    assert flags == {"FLAGS_cudnn_deterministic": exact, "FLAGS_cudnn_exhaustive_search": not exact}
+
+
+def test_copies_to_the_gpu_are_not_waited_for_and_their_sources_kept(
+        trained, tmp_path, monkeypatch):
+    """A copy that is not waited for reads page-locked memory, which Paddle frees at once."""
+    class Pinned:
+        place = SimpleNamespace(is_cuda_pinned_place=lambda: True)
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def cuda(self, blocking):
+            assert not blocking
+            sources.append(weakref.ref(self))
+            return self.tensor
+
+    def pinned(*args):
+        for step, epoch, batch, images, z in batches(*args):
+            yield step, epoch, batch, Pinned(images), Pinned(z)
+
+    def flush(self, due):
+        assert len(sources) == 6  # of three iterations
+        assert all(source() is not None for source in sources)
+        sources.clear()
+        return original(self, due)
+
+    sources, batches, original = [], train.batches, train.Losses.flush
+    monkeypatch.setattr("train.batches", pinned)
+    monkeypatch.setattr("train.Losses.flush", flush)
+    (tmp_path / "imgs").symlink_to(trained / "imgs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--width", "8", "--batch_size",
+                                     "16", "--epochs", "1", "--log_every", "3"])
+    train.main()
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (OSError("(External) CUDA error(700), an illegal memory access was encountered. \n  [Hint: Look"
+             " for the error code(700) on website (https://docs.nvidia.com)] (at /p/x.cc:178)"),
+     "the GPU failed: (External) CUDA error(700), an illegal memory access was encountered."),
+    (OSError("(External) NCCL error(2), unhandled system error.\n  [Hint: …] (at /paddle/y.cc:1)"),
+     "the GPU failed: (External) NCCL error(2), unhandled system error."),
+    (MemoryError("\n\n-----\nError Message Summary:\n-----\nResourceExhaustedError:"
+                 " \n\nOut of memory error on GPU 0. Cannot allocate 3.6GB memory on GPU 0, 21.1GB"
+                 " memory has been allocated.\n\nPlease check whether there is any other process"
+                 " using GPU 0.\n1. If yes, please stop them.\n (at /paddle/cuda_allocator.cc:95)"),
+     "out of memory: a smaller batch_size, width or image_size needs less; ResourceExhaustedError:"
+     " Out of memory error on GPU 0. Cannot allocate 3.6GB memory on GPU 0, 21.1GB memory has been"
+     " allocated."),
+    (OSError(28, "No space left on device", "Output/x"), "Output/x: No space left on device")])
+def test_errors_of_paddle_are_one_line(monkeypatch, error, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as exit:
+        dataReader.run(fail)
+    assert exit.value.code == f"train.py: {line}"
+
+
+def test_paddles_own_errors_are_told_like_that(monkeypatch):
+    """The real texts of this Paddle: out of memory, and an operator that is used wrongly."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit, match="^train.py: out of memory: .*Fail to alloc") as exit:
+        dataReader.run(lambda: paddle.empty([10**13]))
+    assert "\n" not in exit.value.code
+    assert "(at" not in exit.value.code
+    with pytest.raises(Exception, match="matmul") as error:
+        paddle.matmul(paddle.ones([2, 3]), paddle.ones([2, 3]))
+    assert "\n" not in dataReader.reason(error.value)
+
+
+def test_other_systems_are_told_what_they_need(monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.platform = 'win32'")
+    for script in "pretreat.py", "dataReader.py", "train.py", "generator.py":
+        done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, text=True,
+                              capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert "WSL2" in done.stderr
+
+
+def test_digits_of_the_probe_are_exact():
+    """On the CPU, with Paddle's own convolution."""
+    ones = paddle.ones([1, 1, 4, 4])
+    assert float(paddle.nn.functional.conv2d(ones, ones).sum() + 1) == 17
+    assert np.float16(17) == 17
