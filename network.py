@@ -6,20 +6,106 @@
     G, info = load_generator("Output/generator.safetensors")
 """
 
+import functools
+
 import numpy as np
 
 import weightInit
 from dataReader import SIZES, Problem, reason, say
 from weightInit import bn_initializer, paddle, weight_initializer
 
-nn, F = paddle.nn, paddle.nn.functional
+nn, F, core = paddle.nn, paddle.nn.functional, paddle.base.core
 
 # --- building blocks (§3.4); N images, C channels, S height and width ----------------------------
-# On a CPU Paddle convolves image by image; where images are small, one matrix product over unfolded
-# patches is faster: a whole iteration takes about a tenth less. Paddle's unfold has no second
-# gradient: for a gradient penalty (R1) set SMALL = 0.
-SMALL = 16  # height of the larger of a layer's two images, pixels; above it, only memory is lost
-MOMENTUM = 0.5  # of BN: running = 0.5·running + 0.5·batch (§3.5, §3.6)
+# On a CPU Paddle convolves image by image. It carries oneDNN too, which an iteration takes 0.72 of
+# the time with, but only static programs use it: so its operators are run here, one by one. You can
+# read on at `Conv`: this computes what nn.Conv2D and nn.Conv2DTranspose do, up to rounding.
+ONEDNN = True  # set it False for a gradient penalty (R1): paddle.grad passes no PyLayer
+GIVEN = {"outputs": ("images", "kernels"), "images": ("outputs", "kernels"),
+         "kernels": ("images", "outputs")}
+
+
+class Convolution(paddle.autograd.PyLayer):
+    """One of the images, kernels and outputs of a convolution, `wanted`, from the two others.
+
+    sum(convolution(images, kernels) · outputs) is linear in each of the three, and this is its
+    gradient by one: by the outputs the convolution, by the images the transposed convolution. So
+    the way back is the same again.
+    """
+
+    @staticmethod
+    def forward(ctx, wanted, first, second, stride, padding):
+        ctx.save_for_backward(first, second)
+        ctx.wanted, ctx.way = wanted, (stride, padding)
+        ctx.needed = [not tensor.stop_gradient for tensor in (first, second)]
+        return run_onednn(wanted, first, second, stride, padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        names = GIVEN[ctx.wanted]
+        have = {ctx.wanted: gradient, **dict(zip(names, ctx.saved_tensor(), strict=True))}
+        return tuple(
+            Convolution.apply(name, *(have[given] for given in GIVEN[name]), *ctx.way)
+            if needed else None for name, needed in zip(names, ctx.needed, strict=True))
+
+
+@functools.cache
+def operators(wanted, filters, stride, padding):
+    """Paddle's operator for `Convolution`, and one that undoes oneDNN's order in memory."""
+    program = core.ProgramDesc()  # which owns the two
+    convolve, order = (program.block(0).append_op() for _ in range(2))
+    convolve.set_type("conv2d" if wanted == "outputs" else "conv2d_grad")
+    convolve.set_input("Input", ["images"])
+    convolve.set_input("Filter", [filters])
+    if wanted != "outputs":
+        convolve.set_input("Output@GRAD", ["outputs"])
+    convolve.set_output({"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[
+        wanted], ["ordered"])
+    for name, value in {
+            "strides": [stride] * 2, "paddings": [padding] * 2, "dilations": [1, 1], "groups": 1,
+            "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}.items():
+        convolve._set_attr(name, value)
+    order.set_type("share_data")  # Paddle reorders what an operator is given that is not oneDNN's
+    order.set_input("X", ["ordered"])
+    order.set_output("Out", ["result"])
+    return [core.Operator.create(each.serialize_to_string()) for each in (convolve, order)]
+
+
+def run_onednn(wanted, first, second, stride, padding):
+    """Run `operators` on the two that `GIVEN` names; the third is given for its shape."""
+    have = dict(zip(GIVEN[wanted], (first, second), strict=True))
+    if wanted == "images":
+        size = (first.shape[2] - 1) * stride - 2 * padding + second.shape[2]
+        have["images"] = paddle.empty([first.shape[0], second.shape[1], size, size])
+    elif wanted == "kernels":
+        have["kernels"] = paddle.empty([second.shape[1], first.shape[1], 4, 4])
+    # Paddle keeps what oneDNN compiles by the inputs' names and the images' shape: name the rest.
+    filters = f"kernels {have['kernels'].shape} {stride} {padding}"
+    scope = core.Scope()
+    for name, tensor in have.items():
+        scope.var(filters if name == "kernels" else name).get_tensor()._share_data_with(
+            tensor.contiguous().get_tensor())
+    _, result = (scope.var(name).get_tensor() for name in ("ordered", "result"))
+    for operator in operators(wanted, filters, stride, padding):
+        operator.run(scope, core.CPUPlace())
+    tensor = paddle.Tensor(result)
+    scope._remove_from_pool()  # frees it
+    return tensor
+
+
+@functools.cache
+def onednn_works():
+    """Whether this Paddle can do all that, tried against its own convolution and gradients."""
+    try:
+        images, kernels = paddle.ones([1, 1, 8, 8]), paddle.ones([2, 1, 4, 4])
+        images.stop_gradient = kernels.stop_gradient = False
+        results = []
+        for outputs in (F.conv2d(images, kernels, None, 2, 1),
+                        Convolution.apply("outputs", images, kernels, 2, 1)):
+            results.append([outputs, *paddle.grad((outputs**2).sum(), [images, kernels])])
+        return all(bool(paddle.allclose(*pair)) for pair in zip(*results, strict=True))
+    except Exception:  # another Paddle may lack any of it
+        return False
 
 
 class Conv(nn.Conv2D):
@@ -30,12 +116,9 @@ class Conv(nn.Conv2D):
                          weight_attr=weight_initializer, bias_attr=False)
 
     def forward(self, images):
-        count, _, size, _ = images.shape
-        if size > SMALL or not images.place.is_cpu_place():
+        if not (ONEDNN and images.place.is_cpu_place() and onednn_works()):
             return super().forward(images)
-        patches = F.unfold(images, 4, strides=2, paddings=1)       # [N, C·4·4, S/2·S/2]
-        kernels = self.weight.reshape([self.weight.shape[0], -1])  # [C', C·4·4]
-        return paddle.matmul(kernels, patches).reshape([count, -1, size // 2, size // 2])
+        return Convolution.apply("outputs", images, self.weight, 2, 1)
 
 
 class Deconv(nn.Conv2DTranspose):
@@ -47,15 +130,15 @@ class Deconv(nn.Conv2DTranspose):
     def __init__(self, channels_in, channels_out, stride=2, padding=1):
         super().__init__(channels_in, channels_out, 4, stride=stride, padding=padding,
                          weight_attr=weight_initializer, bias_attr=False)
+        self.way = stride, padding
 
     def forward(self, images):
-        count, channels, size, _ = images.shape
-        if size == 1 or 2 * size > SMALL or not images.place.is_cpu_place():
+        if not (ONEDNN and images.place.is_cpu_place() and onednn_works()):
             return super().forward(images)
-        kernels = self.weight.reshape([channels, -1])              # [C, C'·4·4]
-        patches = paddle.matmul(                                   # [N, C'·4·4, S·S]
-            kernels, images.reshape([count, channels, -1]), transpose_x=True)
-        return F.fold(patches, [2 * size, 2 * size], 4, strides=2, paddings=1)
+        return Convolution.apply("images", images, self.weight, *self.way)
+
+
+MOMENTUM = 0.5  # running = 0.5·running + 0.5·batch (§3.5, §3.6)
 
 
 def bn(channels):
@@ -66,6 +149,13 @@ def bn(channels):
 def fc(features_in, features_out):
     """Fully connected layer: `[N, features_in]` → `[N, features_out]`."""
     return nn.Linear(features_in, features_out, weight_attr=weight_initializer)
+
+
+class Flatten(nn.Layer):
+    """`[N, C, S, S]` → `[N, C·S·S]`; Paddle's own has no second gradient."""
+
+    def forward(self, images):
+        return images.reshape([images.shape[0], -1])
 
 
 def conv_bn(channels_in, channels_out):
@@ -99,7 +189,7 @@ class Discriminator(nn.Layer):
         layers = [Conv(3, first), nn.LeakyReLU(0.2)]       # [N, 64, 32, 32]
         for channels in rest:                              # [N, 128, 16, 16], [N, 256, 8, 8],
             layers.append(conv_bn(channels // 2, channels))                # [N, 512, 4, 4]
-        layers.append(nn.Flatten())                        # [N, 8192]
+        layers.append(Flatten())                           # [N, 8192]
         layers.append(fc(([first] + rest)[-1] * 4 * 4, 2))  # [N, 2]
         self.layers = nn.Sequential(*layers)
 

@@ -1,11 +1,13 @@
 """network.py and weightInit.py: the shapes, weights, loss and files that the tutorial describes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import network
 from dataReader import Problem
 from network import (
     Discriminator,
@@ -52,31 +54,92 @@ def test_shapes_and_range(size):
     np.testing.assert_array_equal(G(z).numpy(), G(z.reshape([3, 7, 1, 1])).numpy())
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_products_of_small_images_are_paddles_convolutions(size, monkeypatch):
+@pytest.fixture(autouse=True)
+def trial_of_its_own():
+    network.onednn_works.cache_clear()
+    yield
+    network.onednn_works.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "batch"), [(32, 3), (64, 1), (64, 16), (128, 5)])
+def test_onednn_computes_what_paddles_own_layers_do(size, batch, monkeypatch):
+    """Images, logits and all gradients, with D trained and D frozen."""
     paddle.seed(0)
-    G, D, z = Generator(7, size, 8), Discriminator(size, 8), paddle.randn([4, 7])
+    G, D, z = Generator(7, size, 8), Discriminator(size, 8), paddle.randn([2, batch, 7])
+    of_g, of_d = ([value for value in net.parameters() if not value.stop_gradient]
+                  for net in (G, D))
 
-    def results():
-        for net in G, D:
-            net.clear_gradients()
-        images = G(z)
-        loss(D(images), 1).backward()
-        return [images.numpy()] + [
-            value.grad.numpy() for net in (G, D) for value in net.parameters()
-            if not value.stop_gradient]
+    def results(frozen):
+        for value in of_g + of_d:
+            value.clear_gradient(False)
+        for value in of_d:
+            value.stop_gradient = frozen
+        images = G(z[1])  # not at the beginning of its memory
+        logits = D(images)
+        loss(logits, 1).backward()
+        return [images.numpy(), logits.numpy(),
+                *(value.grad.numpy() for value in (of_g if frozen else of_g + of_d))]
 
-    unfold, calls = paddle.nn.functional.unfold, []
-    monkeypatch.setattr("network.F.unfold", lambda *args, **named: (
-        calls.append(args), unfold(*args, **named))[1])
-    ours = results()
-    assert len(calls) == 2  # D's two deepest layers
-    monkeypatch.setattr("network.SMALL", 0)
-    theirs = results()
-    assert len(calls) == 2
-    assert len(ours) == len(theirs) > 15
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+    for frozen in False, True:
+        monkeypatch.setattr("network.ONEDNN", True)
+        ours, again = results(frozen), results(frozen)
+        assert network.onednn_works()
+        monkeypatch.setattr("network.ONEDNN", False)
+        theirs = results(frozen)
+        assert len(ours) == len(theirs) > 10
+        for one, repeated, other in zip(ours, again, theirs, strict=True):
+            np.testing.assert_array_equal(one, repeated)
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("broken", ["Operator", "ProgramDesc", "Scope"])
+def test_paddle_without_onednn_uses_its_own_layers(broken, monkeypatch):
+    paddle.seed(0)
+    G, z = Generator(7, 32, 8), paddle.randn([2, 7])
+    monkeypatch.setattr("network.ONEDNN", False)
+    expected = G(z).numpy()
+    monkeypatch.setattr("network.ONEDNN", True)
+    monkeypatch.delattr(network.core, broken)
+    network.operators.cache_clear()
+    np.testing.assert_array_equal(G(z).numpy(), expected)
+
+
+def test_wrong_numbers_of_onednn_are_not_used(monkeypatch):
+    monkeypatch.setattr("network.run_onednn", lambda *_: paddle.zeros([1, 2, 4, 4]))
+    assert not network.onednn_works()
+
+
+def test_nothing_of_onednn_runs_on_a_gpu(monkeypatch):
+    images = SimpleNamespace(place=SimpleNamespace(is_cpu_place=lambda: False))
+    for name in "onednn_works", "run_onednn", "operators":
+        monkeypatch.delattr(f"network.{name}")
+    for kind, layer in (paddle.nn.Conv2D, network.Conv(3, 4)), (
+            paddle.nn.Conv2DTranspose, network.Deconv(3, 4)):
+        monkeypatch.setattr(kind, "forward", lambda self, images: "Paddle's own")
+        assert layer(images) == "Paddle's own"
+
+
+def test_gradient_penalty_is_possible(monkeypatch):
+    """R1, its gradient by a weight against a difference; tanh, since LeakyReLU's has jumps."""
+    monkeypatch.setattr("network.ONEDNN", False)
+    monkeypatch.setattr("network.nn.LeakyReLU", lambda _: paddle.nn.Tanh())
+    paddle.seed(0)
+    D, images = Discriminator(32, 8), paddle.randn([4, 3, 32, 32])
+    images.stop_gradient = False
+
+    def penalty():
+        [gradient] = paddle.grad(margin(D(images)).sum(), [images], create_graph=True)
+        return (gradient**2).sum()
+
+    penalty().backward()
+    weight = D.layers[0].weight
+    before, values = weight.numpy().copy(), []
+    for step in 1e-3, -1e-3:
+        moved = before.copy()
+        moved[0, 0, 1, 1] += step
+        weight.set_value(moved)
+        values.append(float(penalty()))
+    assert float(weight.grad[0, 0, 1, 1]) == pytest.approx((values[0] - values[1]) / 2e-3, rel=0.02)
 
 
 @pytest.mark.parametrize("build", [Discriminator, Generator])
