@@ -3,7 +3,7 @@
     python pretreat.py                              # img_align_celeba/ (or its .zip) → imgs/
     python pretreat.py --input img_align_celeba.zip # CelebA's own archive, read without unpacking
     python pretreat.py --input photos --output mine # any folder, with the folders in it
-    python pretreat.py --demo                       # no CelebA at hand: stand-in faces → imgs/
+    python pretreat.py --demo                       # no CelebA at hand: stand-ins → demo/imgs/
 
 A run that was stopped goes on where it was. Files that are no photos are named and left out.
 """
@@ -25,7 +25,7 @@ input = "img_align_celeba"      # photos: a folder, or CelebA's zip
 output = "imgs"                 # the folder of crops that train.py reads
 image_size = 64                 # height and width of a crop, pixels
 threads = dataReader.THREADS    # photos worked on at a time: one per core, but 8 at most
-demo = False                    # make stand-in photos in demo_faces/, use them as input
+demo = False                    # make stand-in photos in demo/photos/, crop them to demo/imgs/
 
 # -------------------------------------------------------------------------------------------------
 
@@ -119,8 +119,9 @@ def crop_all(photos, folder, size, threads):
 def make_demo_photos(folder, threads):
     """Build 2,000 stand-in photos in CelebA's geometry, 178×218 JPEG, from scikit-image's faces.
 
-    The 100 real faces of `skimage.data.lfw_subset` (LFW, 25×25 grey) are enlarged to where
-    CelebA has its faces, and varied by mirror, shift, rotation, zoom and light from a fixed seed.
+    The 100 real faces of `skimage.data.lfw_subset` (LFW, 25×25 grey) are enlarged to where CelebA
+    has its faces, and varied from a fixed seed: by mirror, light, and the shift, rotation and zoom
+    that are left in CelebA's aligned photos, about.
     """
     from skimage.data import lfw_subset  # 1 s to import, and only the demo needs them
     from skimage.transform import AffineTransform, warp
@@ -131,10 +132,10 @@ def make_demo_photos(folder, threads):
         number = int(path.stem)
         rng = np.random.default_rng([0, number])
         face = faces[number % len(faces)][:, ::rng.choice([-1, 1])]
-        zoom = 178 / 25 * rng.uniform(0.95, 1.15)
+        zoom = 178 / 25 * rng.uniform(1.02, 1.08)
         # from a pixel of the photo to one of the face, each around the middle of its face
-        place = (AffineTransform(translation=rng.uniform(-8, 8, 2) - (88.5, 117))
-                 + AffineTransform(rotation=np.deg2rad(rng.uniform(-8, 8)), scale=1 / zoom)
+        place = (AffineTransform(translation=rng.uniform(-2, 2, 2) - (88.5, 117))
+                 + AffineTransform(rotation=np.deg2rad(rng.uniform(-2, 2)), scale=1 / zoom)
                  + AffineTransform(translation=(12, 12)))
         photo = warp(face, place, output_shape=(218, 178), order=3, mode="edge")
         photo = photo ** rng.uniform(0.8, 1.25) * rng.uniform(0.85, 1.1)
@@ -151,8 +152,8 @@ def main():
     options = dataReader.command_line(globals(), image_size=dataReader.SIZES, threads=[1])
     source, target = Path(options.input), Path(options.output)
     if options.demo:
-        source = Path("demo_faces")
-        source.mkdir(exist_ok=True)
+        source, target = Path("demo/photos"), Path("demo", options.output)
+        source.mkdir(parents=True, exist_ok=True)
         make_demo_photos(source, options.threads)
     elif not source.exists() and Path(f"{source}.zip").exists():
         source = Path(f"{source}.zip")

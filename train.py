@@ -1,8 +1,8 @@
 """Train the DCGAN (tutorial §4 and §5).
 
     python train.py                                   # CelebA's crops in imgs/, on the GPU
-    python train.py --batch_size 16 --learning_rate 0.0005 --epochs 6   # the demo, on a CPU
-    python train.py --data_path photos --output_path Output/photos
+    python train.py --data_path demo/imgs --output_path demo/Output --width 16 --batch_size 16
+    python train.py --data_path photos --output_path Output/photos --save_minutes 1
     python train.py --restart                         # not go on with the run in Output/
     python -m paddle.distributed.launch --devices 0,1 train.py          # on two GPUs
 
@@ -45,7 +45,7 @@ width = 64               # channels next to the image; 32 is twice as fast, but 
 noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1)
 # optimization
 epochs = 8               # passes over the images
-batch_size = 128         # images per iteration and process; fewer on a CPU, where 128 take 4 s
+batch_size = 128         # images per iteration and process; fewer on a CPU, where 128 take seconds
 learning_rate = 0.0002   # Adam's, of both networks; halve it when the losses blow up
 beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient

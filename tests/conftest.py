@@ -1,7 +1,7 @@
 """What the tests share: the scripts run as a user runs them, and small real photos.
 
     python -m pytest -q tests           # what breaks a promise
-    python -m pytest -q tests --slow    # and what takes long to show it, e.g. 20 kills
+    python -m pytest -q tests --slow    # and what takes long to show it, e.g. 40 kills
 """
 
 import csv
@@ -73,10 +73,10 @@ def photo(width=178, height=218, mark=0):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """A folder in which `pretreat.py --demo` has run."""
+    """The folder demo that `pretreat.py --demo` makes."""
     folder = tmp_path_factory.mktemp("demo")
     run(folder, "pretreat.py", "--demo")
-    return folder
+    return folder / "demo"
 
 
 def link_images(source, target, number):

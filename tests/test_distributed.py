@@ -138,6 +138,7 @@ def check_algorithm(place):
         np.testing.assert_allclose(tensors[f"D.{name}"], D[0][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_on_the_launcher_is_plain_training(place):
     """With settings for which the number of threads would show in the result."""
     flags = "--epochs", 1, "--width", 16, "--batch_size", 16, "--z_dim", 100
@@ -158,8 +159,10 @@ def test_one_process_on_the_launcher_is_plain_training(place):
 
 
 @pytest.mark.parametrize("kills", [
-    [(0, signal.SIGKILL), (1, signal.SIGKILL)],
-    [("launcher", signal.SIGINT), ("launcher", signal.SIGKILL)]])
+    [(1, signal.SIGKILL)],
+    pytest.param([(0, signal.SIGKILL)], marks=pytest.mark.slow),
+    pytest.param([("launcher", signal.SIGINT), ("launcher", signal.SIGKILL)],
+                 marks=pytest.mark.slow)])
 def test_dead_process_ends_the_run_and_it_can_go_on(place, kills):
     checkpoint = place / "Output" / "checkpoint.safetensors"
     step = 0
@@ -203,7 +206,7 @@ class Keep:
     step = lambda self: np.savez(
         f"rank{rank}.npz", *[value.grad.numpy() for value in D.parameters()
                              if not value.stop_gradient])
-    clear_grad = lambda self: None
+    clear_grad = lambda self, set_to_zero: None
 
 
 dist.init_parallel_env()

@@ -244,12 +244,12 @@ def test_crops_of_other_photos_in_the_output_are_pointed_out(tmp_path, photos):
 
 
 def test_demo_photos_are_celeba_shaped_and_varied(demo):
-    made = sorted((demo / "demo_faces").glob("*.jpg"))
+    made = sorted((demo / "photos").glob("*.jpg"))
     assert len(made) == len(list((demo / "imgs").glob("*.png"))) == 2000
     assert {Image.open(path).size for path in made[:50]} == {(178, 218)}
     same_face = np.stack([np.asarray(Image.open(demo / "imgs" / f"{number:04d}.png"), float)
                           for number in range(3, 2000, 100)])
     difference = abs(same_face[:, None] - same_face).mean((2, 3, 4))
-    assert np.median(difference) > 8  # grey levels, between two variants of one face
+    assert np.median(difference) > 4  # grey levels, between two variants of one face
     assert same_face.std() > 30
-    assert "0 written, 2000 already there" in run(demo, "pretreat.py", "--demo")
+    assert "0 written, 2000 already there" in run(demo.parent, "pretreat.py", "--demo")
