@@ -11,6 +11,7 @@ Face number k of a seed is the same face whatever the count, and on any device u
 """
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,15 +85,20 @@ def draw_grid(draw, numbers, folder, individual):
         say(f"faces.png shows the first {GRID_MOST} faces"
             + ("" if individual else "; for all, pass --individual too"))
         numbers = numbers if individual else numbers[:GRID_MOST]
-    own, shown = folder / "individual", []
+    def save(number, face):
+        dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
+
+    own, shown, written = folder / "individual", [], []
     if individual:
         own.mkdir(exist_ok=True)
-    for start in tqdm(range(0, len(numbers), BATCH), "drawing", unit=f" x {BATCH} img"):
-        batch = numbers[start:start + BATCH]
-        faces = draw(batch)
-        shown += list(faces[:max(0, GRID_MOST - start)])
-        for number, face in zip(batch, faces, strict=True) if individual else ():
-            dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
+    with ThreadPoolExecutor(dataReader.THREADS) as pool:
+        for start in tqdm(range(0, len(numbers), BATCH), "drawing", unit=f" x {BATCH} img"):
+            batch = numbers[start:start + BATCH]
+            faces = draw(batch)
+            shown += list(faces[:max(0, GRID_MOST - start)])
+            list(written)  # those before, which threads wrote meanwhile; an error of theirs is here
+            written = pool.map(save, batch, faces) if individual else []
+        list(written)
     dataReader.save_png(folder / "faces.png", enlarge(dataReader.grid(np.stack(shown)), 1400))
     if individual and (others := len(list(own.glob("*.png"))) - len(set(numbers))):
         say(f"{own} also holds {others} PNGs of other runs")

@@ -47,23 +47,24 @@ def trainer(batch, width, d_steps=1, g_rate=2e-4):
     It returns an array: D's loss, G's loss, D(x), D(G(z)). On Paddle's launcher, all its processes
     train together. All that is known here of train.py's functions is in this one.
     """
-    import paddle
+    import network
+    import train
+    from weightInit import paddle
 
-    from train import Discriminator, Generator, iterate, latent, use_device
-
-    use_device("cpu")
+    network.use_device("cpu")
     if paddle.distributed.get_world_size() > 1:
         paddle.distributed.init_parallel_env()
-    nets = {"G": Generator(100, 64, width), "D": Discriminator(64, width)}
-    optimizers = {name: paddle.optimizer.Adam(rate, 0.5, 0.999, parameters=nets[name].parameters())
-                  for name, rate in (("G", g_rate), ("D", 2e-4))}
-    scalers = {name: paddle.amp.GradScaler(False) for name in nets}
+    options = argparse.Namespace(seed=0, image_size=64, width=width, z_dim=100, learning_rate=2e-4,
+                                 beta1=0.5, beta2=0.999)
+    nets, optimizers, scaler = train.build(options, None)
+    optimizers["G"].set_lr(g_rate)
     images = np.random.default_rng(0).integers(0, 256, [batch, 3, 64, 64], dtype=np.uint8)
 
     def iteration(step):
-        z = latent([0, step], [d_steps + 1, batch, 100], "normal")  # and so two steps of G
-        return iterate(nets, optimizers, scalers, paddle.to_tensor(images), paddle.to_tensor(z),
-                       d_steps).numpy()
+        # so many latents that there are two steps of G
+        z = network.latent([0, step], [d_steps + 1, batch, 100], "normal")
+        return train.iterate(nets, optimizers, scaler, paddle.to_tensor(images),
+                             paddle.to_tensor(z), d_steps).numpy()
     return iteration
 
 
@@ -114,9 +115,8 @@ def net_child(path, count):
     If it is not there, it is made: of random weights but real BN statistics, since it then draws
     noise, which takes a PNG as much work as faces, and not plain grey.
     """
-    import paddle
-
     import network
+    from weightInit import paddle
 
     network.use_device("cpu")
     z = network.face_latents(0, range(100), 100, "normal")
@@ -136,13 +136,15 @@ def faces_child(path, which, target):
     "running" for the raw weights with the BN statistics that ran along in training.
     """
     import network
+    import weightInit
+    from weightInit import paddle
 
     network.use_device("cpu")
     generator, info = network.load_generator(path, raw=which != "averaged")
     if which == "running":
-        tensors, _ = network.read_tensors(path, "generator")
-        network.load_state(generator, {name.removeprefix("raw."): value for name, value
-                                       in tensors.items() if name.startswith("raw.")}, path)
+        tensors, _ = weightInit.read_tensors(path, "generator")
+        generator.set_state_dict({name.removeprefix("raw."): paddle.to_tensor(value) for name, value
+                                  in tensors.items() if name.startswith("raw.")})
     z = network.face_latents(1, range(FACES_COMPARED), info["z_dim"], info["noise"])
     np.save(target, np.concatenate([
         network.draw_faces(generator, part) for part in np.split(z, 20)]))
@@ -229,6 +231,7 @@ def row(stage, unit, ours, peer, target, figure=None):
 def pictures(folder, peer):
     """Rows of pretreat.py and the reader; return the reader's images a second."""
     photos, crops = folder / "photos", []
+    photos.mkdir()
     make_demo_photos(photos, CORES)
     for path in sorted(photos.glob("*.jpg")):  # CelebA-sized; three of each make 6,000
         for copy in "ab":
@@ -262,10 +265,10 @@ def pictures(folder, peer):
 def training(peer, steady):
     """Rows of the training iteration; return its seconds by batch."""
     taken = {}
-    for batch, steps in (32, 8), (128, 3):
+    for batch, steps in (16, 12), (32, 8), (128, 3):
         ours, other = in_turns(lambda b=batch, s=steps: child("training", b, 64, s),
-                               peer("torch-step", "--batch", batch, "--steps", steps))
-        row(f"iteration at width 64, batch {batch} | PyTorch", "s", ours, other, "<= 1.2 x")
+                               peer("torch-step", "--batch", batch, "--steps", steps), turns=3)
+        row(f"iteration at width 64, batch {batch} | PyTorch", "s", ours, other, "<= 1 x")
         taken[batch] = ours
     fetch = 128 / steady
     row("reader's batch | its iteration", "s", fetch, ours, "< 1 %", 100 * fetch / ours)
@@ -307,14 +310,16 @@ def make_packed(folder, count):
     The images are empty files, since only names, sizes and times are looked at. The packed file is
     sparse: zeros that take no disk, and as much time and memory as others.
     """
-    def pack(files, size, path):
-        with open(path, "wb") as file:
-            file.truncate(len(files) * 3 * size * size + dataReader.DIGEST)
+    def pack(folder, files, size, name):
+        with open(folder / f"{name}-0.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)})
+            file.truncate(file.tell() + len(files) * 3 * size * size)
 
     folder.mkdir()
     for number in tqdm(range(count), f"making {folder.name}", unit="img"):
         (folder / f"{number:06d}.png").touch()
-    dataReader._pack = pack  # FaceReader names the file, so the name is the right one
+    dataReader.pack = pack  # FaceReader names the file, so the name is the right one
     FaceReader(folder, 64, 128, 0)
     return folder
 
@@ -338,7 +343,7 @@ def growth(by_batch, folders):
 
     `by_batch` has the seconds that were measured before.
     """
-    by_batch = by_batch | {batch: child("training", batch, 64, 2) for batch in (16, 64, 256)}
+    by_batch = by_batch | {batch: child("training", batch, 64, 2) for batch in (64, 256)}
     by_width = {width: child("training", 64, width, 2) for width in (16, 32)} | {64: by_batch[64]}
     for name, taken in ("width 64, batch", by_batch), ("batch 64, width", by_width):
         taken = dict(sorted(taken.items()))
@@ -392,9 +397,9 @@ def quality(folder, torch):
     a Python that has PyTorch, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "imgs").exists():
+    if not (folder / "demo").exists():
         subprocess.run([sys.executable, ROOT / "pretreat.py", "--demo"], cwd=folder, check=True)
-    real = FaceReader(folder / "imgs", 64, 64, 0).images
+    real = FaceReader(folder / "demo" / "imgs", 64, 64, 0).images
     np.save(folder / "real.npy", real)
     distance = yardstick(real)
     print(f"{'':44}{'seed 0':>9}{'seed 1':>9}{'mean':>9}{'ratio':>9}")
@@ -416,7 +421,7 @@ def quality(folder, torch):
     def ours(which, seed, *flags):
         """Faces of a run of train.py, which is taken up if it is there."""
         run = folder / f"ours-{seed}{''.join(flags).replace('--', '-')}"
-        subprocess.run([sys.executable, ROOT / "train.py", "--data_path", folder / "imgs",
+        subprocess.run([sys.executable, ROOT / "train.py", "--data_path", folder / "demo" / "imgs",
                         "--batch_size", "64", "--epochs", "10", "--output_path", run,
                         "--seed", str(seed), *flags], env=ENV, check=True,
                        stdout=subprocess.DEVNULL)
