@@ -330,9 +330,10 @@ def packed(folder, size):
     a Problem if there is no such folder or no image in it, or the file cannot be written.
     """
     files, state = list_files(folder), hashlib.sha1(usedforsecurity=False)
+    none = Problem(f"{folder} is no folder of images: run `python pretreat.py` on CelebA's photos,"
+                   " or `python pretreat.py --demo`, which needs no download")
     if not files:
-        raise Problem(f"{folder} is no folder of images: run `python pretreat.py` on CelebA's"
-                      " photos, or `python pretreat.py --demo`, which needs no download")
+        raise none
     for name in files:
         with contextlib.suppress(FileNotFoundError):  # a broken link
             info = os.stat(f"{folder}/{name}")
@@ -342,12 +343,16 @@ def packed(folder, size):
         if not list(folder.glob(f"{name}-*.npy")):
             for old in folder.glob(f".faces-{size}-*"):
                 old.unlink()
-            pack(folder, files, size, name)
+            if not pack(folder, files, size, name):
+                raise none
         return next(folder.glob(f"{name}-*.npy"))
 
 
 def pack(folder, files, size, name):
-    """Decode files, in their order, into `NAME-DIGEST.npy`, and name those that are no images."""
+    """Decode files, in their order, into `NAME-DIGEST.npy`; name those that are no images.
+
+    Returns the number of images; without any, `NAME.npy` is left for the next time to remove.
+    """
     def decode(file):
         """uint8 `[3, size, size]`, or why there is none as a string."""
         try:
@@ -378,7 +383,9 @@ def pack(folder, files, size, name):
             count += 1
         out.seek(0)
         header(count)
-    (folder / f"{name}.npy").rename(folder / f"{name}-{digest.hexdigest()}.npy")
+    if count:
+        (folder / f"{name}.npy").rename(folder / f"{name}-{digest.hexdigest()}.npy")
+    return count
 
 
 def main():

@@ -349,34 +349,35 @@ def use_device(name):
 
     Raises a Problem if there is no GPU for "gpu", or one that this Paddle cannot use.
     """
-    missing = None
-    if not paddle.is_compiled_with_cuda():
-        missing = f"Paddle {paddle.__version__} as installed here is the build without GPU"
-    elif paddle.device.cuda.device_count() == 0:
-        missing = "Paddle finds no GPU or no driver"
-    if missing and name == "gpu":
-        raise Problem(f"--device gpu: {missing}; README has a table of what to install")
-    if missing or name == "cpu":
-        if name == "auto":
-            say(f"using the CPU: {missing}")
-        paddle.set_device("cpu")
-        return
+    missing = fault = None
     try:
-        paddle.set_device("gpu")
-        major, minor = paddle.device.cuda.get_device_capability()
-        # Paddle 3 knows its own. A card runs the kernels of its major number up to its own minor.
-        cards = getattr(paddle.version, "cuda_archs", lambda: CARDS)() or [10 * major]
-        fault = None
-        if not any(major == card // 10 and minor >= card % 10 for card in cards):
-            fault = f"it has no kernels for compute capability {major}.{minor}, only {cards}"
-        # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
-        elif float(F.conv2d(*[paddle.ones([1, 1, 4, 4])] * 2).sum() + 1) != 17:
-            fault = "it computes wrong numbers on this card"
+        if name == "cpu":
+            missing = "not asked for"
+        elif not paddle.is_compiled_with_cuda():
+            missing = f"Paddle {paddle.__version__} as installed here is the build without GPU"
+        elif paddle.device.cuda.device_count() == 0:
+            missing = "Paddle finds no GPU or no driver"
+        else:
+            paddle.set_device("gpu")
+            major, minor = paddle.device.cuda.get_device_capability()
+            # Paddle 3 knows its own. A card runs those of its major number up to its own minor.
+            cards = getattr(paddle.version, "cuda_archs", lambda: CARDS)() or [10 * major]
+            if not any(major == card // 10 and minor >= card % 10 for card in cards):
+                fault = f"it has no kernels for compute capability {major}.{minor}, only {cards}"
+            # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
+            elif float(F.conv2d(*[paddle.ones([1, 1, 4, 4])] * 2).sum() + 1) != 17:
+                fault = "it computes wrong numbers on this card"
     except Exception as error:  # a missing library, a driver too old, ...
         fault = reason(error)
     if fault:
         raise Problem(f"there is a GPU, but Paddle {paddle.__version__} cannot use it: {fault}."
                       " README has a table of what to install for which card; or pass --device cpu")
+    if missing and name == "gpu":
+        raise Problem(f"--device gpu: {missing}; README has a table of what to install")
+    if missing:
+        paddle.set_device("cpu")
+        if name == "auto":
+            say(f"using the CPU: {missing}")
 
 
 def amp_type(wanted):

@@ -81,6 +81,18 @@ def test_card_that_this_paddle_cannot_use_is_one_line(card, name, facts, words):
     assert not any(text in message for text in ("\n", "Hint", "/paddle/"))
 
 
+def test_driver_too_old_is_one_line_and_the_cpu_can_be_used(card, monkeypatch):
+    def count():
+        raise OSError("(External) CUDA error(35), CUDA driver version is insufficient for CUDA"
+                      " runtime version. \n  [Hint: 'cudaErrorInsufficientDriver'.] (at /p/x.cc:1)")
+
+    monkeypatch.setattr(paddle.device.cuda, "device_count", count)
+    with pytest.raises(Problem, match=r"error\(35\), CUDA driver version is insufficient .*README"):
+        network.use_device("auto")
+    network.use_device("cpu")
+    assert card.on == "cpu"
+
+
 def test_no_kernel_runs_on_a_card_without_them(card):
     """It could end the process."""
     card.capability, card.kernel = (9, 0), AssertionError("it ran")

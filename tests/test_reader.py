@@ -113,6 +113,14 @@ def test_images_that_cannot_be_decoded_are_named_and_left_out(tmp_path, folder):
     assert "10 of 10 images" in printed
 
 
+def test_folder_without_an_image_is_no_folder_of_images(tmp_path):
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "imgs" / "notes.txt").write_text("not an image")
+    for _ in range(2):
+        with pytest.raises(Problem, match="imgs is no folder of images: .*--demo"):
+            FaceReader(tmp_path / "imgs", 64, 1, seed=0)
+
+
 @pytest.mark.parametrize("number", [0, 1, 50])
 def test_too_few_images_are_counted_in_one_line(tmp_path, number):
     (tmp_path / "imgs").mkdir()
