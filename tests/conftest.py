@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when Paddle loads: all but test_gpu.py is on the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny, and tests run two by two
 importlib.import_module("weightInit")  # loads Paddle as the scripts do, before a test would
 
 
