@@ -315,6 +315,7 @@ def make_packed(folder, count):
             np.lib.format.write_array_header_1_0(file, {
                 "descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)})
             file.truncate(file.tell() + len(files) * 3 * size * size)
+        return len(files)
 
     folder.mkdir()
     for number in tqdm(range(count), f"making {folder.name}", unit="img"):
