@@ -100,9 +100,9 @@ def note_signals():
     """Return a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
     def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
         noted.append(number)
-        os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
         if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
 
     noted = []
     for number in signal.SIGINT, signal.SIGTERM:
