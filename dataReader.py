@@ -80,8 +80,8 @@ def run(main):
     except Problem as problem:
         sys.exit(f"{name}: {problem}")
     except OSError as error:  # Paddle's of CUDA, cuDNN and NCCL have no number
-        where = f"{error.filename or 'input/output'}: {error.strerror}"
-        sys.exit(f"{name}: {where if error.errno else f'the GPU failed: {reason(error)}'}")
+        where = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        sys.exit(f"{name}: {f'the GPU failed: {reason(error)}' if 'External' in where else where}")
     except MemoryError as error:
         sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less;"
                  f" {reason(error)}")
