@@ -248,7 +248,7 @@ def draw_run(folder, size):
         folder / "losses.csv", delimiter=",", names=True, invalid_raise=False))
     grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
                    key=lambda path: [int(part) for part in path.stem.split("_")])
-    if table.size == 0 or not grids:  # somebody removed them
+    if table.size == 0:  # somebody removed it
         return
     figure = Figure(figsize=(9, 8), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
@@ -272,7 +272,8 @@ def draw_run(folder, size):
 
     grids = grids[::-(1 + len(grids) // 60)][::-1]  # 60 frames at most, their first 6×6 faces
     frames = [read_image(path).crop((0, 0) + (6 * size + 14,) * 2) for path in grids]
-    save_gif(folder / "progress.gif", frames, 150, 2000)
+    if frames:
+        save_gif(folder / "progress.gif", frames, 150, 2000)
 
 
 # --- the reader ----------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def packed(folder, size):
     name = f".faces-{size}-{state.hexdigest()[:16]}"
     with locked(folder):
         if not list(folder.glob(f"{name}-*.npy")):
-            for old in folder.glob(f".faces-{size}-*"):
+            for old in folder.glob(f".*faces-{size}-*"):  # what a kill has left too
                 old.unlink()
             if not pack(folder, files, size, name):
                 raise none

@@ -97,7 +97,8 @@ def draw_grid(draw, numbers, folder, individual):
             faces = draw(batch)
             shown += list(faces[:max(0, GRID_MOST - start)])
             list(written)  # those before, which threads wrote meanwhile; an error of theirs is here
-            written = pool.map(save, batch, faces) if individual else []
+            once = dict(zip(batch, faces, strict=True)) if individual else {}
+            written = pool.map(save, once.keys(), once.values())
         list(written)
     dataReader.save_png(folder / "faces.png", enlarge(dataReader.grid(np.stack(shown)), 1400))
     if individual and (others := len(list(own.glob("*.png"))) - len(set(numbers))):

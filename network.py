@@ -20,7 +20,7 @@ nn, F, core = paddle.nn, paddle.nn.functional, paddle.base.core
 # On a CPU Paddle convolves image by image. It carries oneDNN too, which an iteration takes 0.72 of
 # the time with, but only static programs use it: so its operators are run here, one by one. You can
 # read on at `Conv`: this computes what nn.Conv2D and nn.Conv2DTranspose do, up to rounding.
-ONEDNN = True  # set it False for a gradient penalty (R1): paddle.grad passes no PyLayer
+ONEDNN = True  # set it False for R1: paddle.grad by the images alone is an error with it
 GIVEN = {"outputs": ("images", "kernels"), "images": ("outputs", "kernels"),
          "kernels": ("images", "outputs")}
 
@@ -100,9 +100,10 @@ def onednn_works():
         images, kernels = paddle.ones([1, 1, 8, 8]), paddle.ones([2, 1, 4, 4])
         images.stop_gradient = kernels.stop_gradient = False
         results = []
-        for outputs in (F.conv2d(images, kernels, None, 2, 1),
-                        Convolution.apply("outputs", images, kernels, 2, 1)):
-            results.append([outputs, *paddle.grad((outputs**2).sum(), [images, kernels])])
+        with paddle.enable_grad():  # the first call may be generator.py's, under no_grad
+            for outputs in (F.conv2d(images, kernels, None, 2, 1),
+                            Convolution.apply("outputs", images, kernels, 2, 1)):
+                results.append([outputs, *paddle.grad((outputs**2).sum(), [images, kernels])])
         return all(bool(paddle.allclose(*pair)) for pair in zip(*results, strict=True))
     except Exception:  # another Paddle may lack any of it
         return False
@@ -170,7 +171,7 @@ def deconv_bn(channels_in, channels_out, stride=2, padding=1):
 
 
 def _channels(image_size, width):
-    """Channels after each halving of the image down to 4×4; 64 and 64 → [64, 128, 256, 512]."""
+    """Channels after each halving of an image, of `dataReader.SIZES`, down to 4×4: [64, …, 512]."""
     if image_size not in SIZES:
         raise ValueError(f"image_size is {image_size}, but can be {', '.join(map(str, SIZES))}")
     return [width * 2**i for i in range(image_size.bit_length() - 3)]
@@ -228,7 +229,8 @@ def loss(logits, label):
 
     `label` is 1 where the images are to be called real, 0 where generated; a number or `[N]`. The
     probability is softmax(logits)[:, 1] = sigmoid(margin(logits)); the loss is computed from the
-    margin, so it does not overflow however sure D is.
+    margin, so it does not overflow however sure D is. G's is the same with label 1; a loss in which
+    it is another, as hinge, belongs on `margin` in train.py's `d_step` and `g_step`.
     """
     odds = margin(logits)
     if isinstance(label, paddle.Tensor):
@@ -383,4 +385,6 @@ def amp_type(wanted):
     """The type for mixed precision: bfloat16 on a GPU that has it, else float16; None on a CPU."""
     if wanted and paddle.get_device() != "cpu":
         return "bfloat16" if paddle.device.cuda.get_device_capability() >= (8, 0) else "float16"
-    return say("amp is off: it is for GPUs") if wanted else None
+    if wanted:
+        say("amp is off: it is for GPUs")
+    return None

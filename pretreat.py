@@ -154,7 +154,8 @@ def main():
     if options.demo:
         source, target = Path("demo/photos"), Path("demo", options.output)
         source.mkdir(parents=True, exist_ok=True)
-        make_demo_photos(source, options.threads)
+        with dataReader.locked(source):
+            make_demo_photos(source, options.threads)
     elif not source.exists() and Path(f"{source}.zip").exists():
         source = Path(f"{source}.zip")
     if source.resolve() in [target.resolve(), *target.resolve().parents]:
@@ -162,7 +163,8 @@ def main():
                       " be cropped again the next time")
     photos = find_photos(source)
     target.mkdir(parents=True, exist_ok=True)
-    crop_all(photos, target, options.image_size, options.threads)
+    with dataReader.locked(target):  # two writers of one file would spoil it
+        crop_all(photos, target, options.image_size, options.threads)
 
 
 if __name__ == "__main__":

@@ -308,7 +308,9 @@ class Losses:
         # waits for the device; until then, copies from page-locked memory may be under way.
         self.path, self.pending, self.won = path, [], 0
         if first():
-            rows = path.read_bytes().splitlines(True)[1:step + 1] if path.exists() else []
+            rows = path.read_bytes().splitlines(True)[1:] if path.exists() else []
+            rows = [row for row in rows if row.endswith(b"\n") and row[:1].isdigit()
+                    and int(row.split(b",")[0]) <= step]  # whole ones
             with dataReader.replacing(path) as file:
                 file.writelines([b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows])
 
@@ -333,8 +335,11 @@ class Losses:
                     f" What usually helps: --g_steps 3, or half the --learning_rate; {WAYS}")
         self.pending.clear()
         if first():
-            with open(self.path, "a") as file:
-                file.write(lines)
+            try:
+                with open(self.path, "a") as file:
+                    file.write(lines)
+            except OSError as error:
+                raise Problem(f"cannot write {self.path}: {error.strerror}") from error
         return row, flags[0] > 0
 
 
@@ -367,7 +372,7 @@ def train(options):
         folder = open_output(options, stack) if first() else Path(options.output_path)
         nets, optimizers, scaler = state = build(options, amp)
         done = step = load(folder, *state, settings)
-        losses, saved = Losses(folder / "losses.csv", done), time.monotonic()
+        losses, saved = Losses(folder / "losses.csv", done), float("-inf")  # the first log saves
         each, total = options.batch_size * reader.world_size, options.epochs * len(reader)
         if done:
             say(f"{folder}: going on after iteration {done} of {total}")
@@ -392,15 +397,15 @@ def train(options):
             row, store = losses.flush(
                 last or stop or time.monotonic() >= saved + 60 * options.save_minutes)
             bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*row))
-            if sample or store:  # roughly for a grid alone
-                network.estimate_statistics(nets["average"], options.noise, 5 if store else 1)
-            if sample:
+            if sample:  # roughly, even if a save is due: grids must not depend on the clock
+                network.estimate_statistics(nets["average"], options.noise, 5 if last else 1)
                 faces = dataReader.grid(network.draw_faces(nets["average"], z_shown))
                 if first():
                     dataReader.save_png(folder / f"{epoch:04d}_{batch:04d}.png", faces)
             if store and first():
                 dataReader.draw_run(folder, options.image_size)
             if store:
+                network.estimate_statistics(nets["average"], options.noise)
                 save(folder, *state, settings, step)
                 saved = time.monotonic()
             if stop:

@@ -6,7 +6,6 @@ import sys
 import weakref
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -226,4 +225,4 @@ def test_digits_of_the_probe_are_exact():
     """On the CPU, with Paddle's own convolution."""
     ones = paddle.ones([1, 1, 4, 4])
     assert float(paddle.nn.functional.conv2d(ones, ones).sum() + 1) == 17
-    assert np.float16(17) == 17
+

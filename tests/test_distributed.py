@@ -170,7 +170,8 @@ def test_dead_process_ends_the_run_and_it_can_go_on(place, kills):
     for victim, number in kills:
         process = launch(place, 2, ROOT / "train.py", *FLAGS, "--epochs", 10_000,
                          "--save_minutes", 0.02)
-        wait_for(lambda step=step: checkpoint.exists() and len(table(place)) > step + 8, 60)
+        wait_for(lambda step=step: checkpoint.exists() and read_tensors(
+            checkpoint, "checkpoint")[1]["step"] >= step + 8, 60)
         assert sorted(ranks(place)) == [0, 1]
         os.kill(ranks(place).get(victim, process.pid), number)
         process.communicate(timeout=60)
@@ -228,7 +229,7 @@ paddle.seed = lambda number: seed(number + rank)
 assert problem() is None
 dist.fleet.utils.hybrid_parallel_util.fused_allreduce_gradients = lambda *_: None
 drifted = problem("--epochs", "2")
-assert drifted == "the networks at iteration 8 differ between the processes", drifted
+assert drifted == "the networks at iteration 5 differ between the processes", drifted
 """
 
 

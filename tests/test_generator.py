@@ -49,6 +49,9 @@ def test_face_depends_on_its_seed_and_number_alone(trained, tmp_path):
     picked = tmp_path / "picked" / "individual"
     assert sorted(path.name for path in picked.iterdir()) == [
         "000000.png", "000001.png", "000104.png"]
+    run(tmp_path, "generator.py", "--checkpoint", checkpoint, "--seeds", ",".join(["1"] * 90),
+        "--individual", "--output_path", "repeated")
+    assert len(list((tmp_path / "repeated" / "individual").iterdir())) == 1
     for path in picked.iterdir():
         assert abs(pixels(path) - pixels(tmp_path / "many" / "individual" / path.name)).max() <= 1
 

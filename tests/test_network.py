@@ -92,6 +92,11 @@ def test_onednn_computes_what_paddles_own_layers_do(size, batch, monkeypatch):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
+def test_onednn_is_used_though_first_asked_for_without_gradients():
+    with paddle.no_grad():
+        assert network.onednn_works()
+
+
 @pytest.mark.parametrize("broken", ["Operator", "ProgramDesc", "Scope"])
 def test_paddle_without_onednn_uses_its_own_layers(broken, monkeypatch):
     paddle.seed(0)

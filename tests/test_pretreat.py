@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import complaint, photo, run
+from conftest import complaint, photo, run, start
 from PIL import Image
 
 from pretreat import crop_face
@@ -74,6 +74,18 @@ def test_crop_leaves_the_metadata_behind(tmp_path):
     run(tmp_path, "pretreat.py", "--input", "in")
     with Image.open(tmp_path / "imgs" / "1.png") as crop:
         assert not crop.info
+
+
+def test_two_runs_at_once_do_no_harm(tmp_path, photos):
+    for number in range(4, 200):
+        photo(mark=number).save(photos / f"{number:06d}.jpg")
+    runs = [start(tmp_path, "pretreat.py") for _ in range(3)]
+    for process in runs:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "0 skipped" in out
+    assert {pixels.shape for pixels in crops(tmp_path / "imgs").values()} == {(64, 64, 3)}
+    assert not list((tmp_path / "imgs").glob(".*"))
 
 
 def test_second_run_continues(tmp_path, photos):
