@@ -79,9 +79,10 @@ def run(main):
         main()
     except Problem as problem:
         sys.exit(f"{name}: {problem}")
-    except OSError as error:  # Paddle's of CUDA, cuDNN and NCCL have no number
-        where = f"{error.filename or 'input/output'}: {error.strerror or error}"
-        sys.exit(f"{name}: {f'the GPU failed: {reason(error)}' if 'External' in where else where}")
+    except OSError as error:
+        if error.errno is None and "External" in str(error):  # Paddle's, of CUDA, cuDNN or NCCL
+            sys.exit(f"{name}: the GPU failed: {reason(error)}")
+        sys.exit(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
     except MemoryError as error:
         sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less;"
                  f" {reason(error)}")

@@ -210,7 +210,7 @@ def open_output(options, stack):
     busy = f"another train.py is writing to {folder}: wait for it, or pass another --output_path"
     stack.enter_context(dataReader.locked(folder, busy))
     if options.restart and any(folder.glob("*.safetensors")):
-        aside = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        aside = (Path(f"{folder}.{number}") for number in itertools.count(1))
         aside = folder.rename(next(path for path in aside if not path.exists()))
         say(f"the run in {folder} is now in {aside}")
         folder.mkdir()

@@ -25,8 +25,8 @@ def load_paddle():
     """Set what Paddle reads as it loads, except what the user has set; load and return it.
 
     It uses one thread unless told otherwise, and on AMD processors its MKL picks the slowest
-    kernels; 9 are those for AVX-512, 5 for AVX2. Measured on 2 AMD cores, batch 128, Paddle 3.3:
-    19 s an iteration without, 5 s with 5, 4 s with 9.
+    kernels; 9 are those for AVX-512, 5 for AVX2. That was 19 s an iteration against 5 and 4 while
+    MKL convolved; since oneDNN does, it is for the fully connected layer, and for `ONEDNN = False`.
     """
     env, threads = os.environ, len(os.sched_getaffinity(0))
     if here := env.get("PADDLE_CURRENT_ENDPOINT", "").split(":")[0]:
@@ -39,7 +39,8 @@ def load_paddle():
     if "AuthenticAMD" in cpu:
         env.setdefault("MKL_DEBUG_CPU_TYPE", "9" if "avx512_vnni" in cpu else "5")
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
-    # each layer: keeping them saves a tenth of an iteration. M_TRIM_THRESHOLD is -1, M_MMAP_MAX -4.
+    # each layer: keeping them saves 7 % of an iteration on 2.6. M_TRIM_THRESHOLD is -1, M_MMAP_MAX
+    # -4.
     if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & env.keys():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
         ctypes.CDLL(None).mallopt(-4, 0)

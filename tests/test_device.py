@@ -187,7 +187,7 @@ def test_copies_to_the_gpu_are_not_waited_for_and_their_sources_kept(
      "out of memory: a smaller batch_size, width or image_size needs less; ResourceExhaustedError:"
      " Out of memory error on GPU 0. Cannot allocate 3.6GB memory on GPU 0, 21.1GB memory has been"
      " allocated."),
-    (OSError(28, "No space left on device", "Output/x"), "Output/x: No space left on device"),
+    (OSError(28, "No space left on device", "External/x"), "External/x: No space left on device"),
     (OSError("not of the GPU"), "input/output: not of the GPU")])
 def test_errors_of_paddle_are_one_line(monkeypatch, error, line):
     def fail():

@@ -138,7 +138,6 @@ def test_second_signal_leaves_at_once(place):
     assert process.wait(timeout=5) == -signal.SIGINT
 
 
-
 def test_changed_algorithm_is_noticed_and_a_new_setting_is_not(place):
     run(place, "train.py", *MINI, "--epochs", 1)
     path = place / "Output" / "checkpoint.safetensors"
