@@ -13,7 +13,6 @@ import io
 import json
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
@@ -22,24 +21,16 @@ from dataReader import Problem, replacing
 
 
 def load_paddle():
-    """Set what Paddle reads as it loads, except what the user has set; load and return it.
-
-    It uses one thread unless told otherwise, and on AMD processors its MKL picks the slowest
-    kernels; 9 are those for AVX-512, 5 for AVX2. That was 19 s an iteration against 5 and 4 while
-    MKL convolved; since oneDNN does, it is for the fully connected layer, and for `ONEDNN = False`.
-    """
-    env, threads = os.environ, len(os.sched_getaffinity(0))
+    """Set what Paddle reads as it loads, except what the user has set; load and return it."""
+    env, threads = os.environ, len(os.sched_getaffinity(0))  # untold, Paddle uses one thread
     if here := env.get("PADDLE_CURRENT_ENDPOINT", "").split(":")[0]:
         # Paddle's launcher hands down 1 thread, which nobody has set: the cores are to be shared.
         threads //= max(1, env.get("PADDLE_TRAINER_ENDPOINTS", "").count(f"{here}:"))
         if env.get("OMP_NUM_THREADS") == "1":
             del env["OMP_NUM_THREADS"]
     env.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    cpu = Path("/proc/cpuinfo").read_text()
-    if "AuthenticAMD" in cpu:
-        env.setdefault("MKL_DEBUG_CPU_TYPE", "9" if "avx512_vnni" in cpu else "5")
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
-    # each layer: keeping them saves 7 % of an iteration on 2.6. M_TRIM_THRESHOLD is -1, M_MMAP_MAX
+    # each layer: keeping them saves 17 to 47 % of an iteration. M_TRIM_THRESHOLD is -1, M_MMAP_MAX
     # -4.
     if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & env.keys():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)

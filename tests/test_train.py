@@ -1,9 +1,8 @@
 """train.py: the algorithm of §4, and the files a run leaves behind."""
 
+import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -298,15 +297,9 @@ def test_losses_are_those_of_the_algorithm(trained):
         assert float(rows[step - 1]["g_loss"]) == pytest.approx(float(g_loss), rel=1e-4)
 
 
-def test_threads_and_kernels_change_rounding_only(trained, tmp_path, monkeypatch):
-    """weightInit.py chooses both unless the user has."""
+def test_threads_change_rounding_only(trained, tmp_path, monkeypatch):
     (tmp_path / "imgs").symlink_to(trained / "imgs")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
-    shown = subprocess.run(
-        [sys.executable, "-c", "import weightInit, os; print(os.environ['OMP_NUM_THREADS'],"
-         " os.environ['MKL_DEBUG_CPU_TYPE'])"], cwd=ROOT, text=True, capture_output=True)
-    assert shown.stdout.split() == ["1", "4"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3" if os.environ["OMP_NUM_THREADS"] == "2" else "2")
     run(tmp_path, "train.py", "--epochs", 1, *TINY)
     for row, other in zip(table(tmp_path)[:3], table(trained), strict=False):
         for name in "d_loss", "g_loss":
