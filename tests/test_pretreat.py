@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import complaint, photo, run, start
 from PIL import Image
+from skimage.data import astronaut, lbp_frontal_face_cascade_filename
+from skimage.feature import Cascade
 
-from pretreat import crop_face
+from pretreat import crop_face, cut_faces
 
 
 def crops(folder):
@@ -265,3 +267,38 @@ def test_demo_photos_are_celeba_shaped_and_varied(demo):
     assert np.median(difference) > 4  # grey levels, between two variants of one face
     assert same_face.std() > 30
     assert "0 written, 2000 already there" in run(demo.parent, "pretreat.py", "--demo")
+
+
+def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_path):
+    (tmp_path / "in").mkdir()
+    face = astronaut()[:250, 100:350].copy()
+    for x, y in (103, 101), (146, 103):  # her eyes, painted blue, which is dark, as eyes are
+        face[y - 4:y + 5, x - 4:x + 5] = 0, 0, 255
+    face = Image.fromarray(face)
+    for name, places in {"one": [(30, 20, 250)], "two": [(600, 400, 250), (20, 30, 500)],
+                         "none": []}.items():
+        picture = Image.new("RGB", (1000, 700), "grey")
+        for x, y, side in places:
+            picture.paste(face.resize((side, side)), (x, y))
+        picture.save(tmp_path / "in" / f"{name}.png")
+    out = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
+    assert "2 written, 0 already there, 1 skipped" in out
+    assert "skipped none.png: no face found" in out
+    found = crops(tmp_path / "imgs")
+    assert found.keys() == {"one.png", "two.png", "two-face2.png"}
+    for pixels in found.values():  # CelebA has the eyes at (25, 30) and (39, 30), about
+        y, x = np.nonzero(pixels[..., 2] - pixels[..., :2].max(2).astype(int) > 100)
+        for eye, column in (x < 32, 25), (x >= 32, 39):
+            assert x[eye].mean() == pytest.approx(column, abs=2.5)
+            assert y[eye].mean() == pytest.approx(30, abs=2.5)
+        assert x[x >= 32].mean() - x[x < 32].mean() == pytest.approx(13, abs=1.5)
+    again = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
+    assert "0 written, 2 already there, 1 skipped" in again
+    assert "also holds" not in again
+
+
+def test_find_faces_leaves_small_ones_out(tmp_path):
+    photo = Image.new("RGB", (512, 512), "grey")
+    photo.paste(Image.fromarray(astronaut()[:250, 100:350]).resize((60, 60)), (200, 200))
+    cascade = Cascade(lbp_frontal_face_cascade_filename())
+    assert cut_faces(photo, 64, cascade) == []  # the face is 22 pixels wide
