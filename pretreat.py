@@ -60,25 +60,25 @@ def cut_faces(photo, size, cascade):
     scale = max(1, max(photo.size) / SEARCHED)
     small = photo.resize([max(1, int(side / scale)) for side in photo.size],
                          Image.Resampling.BILINEAR, reducing_gap=2)
-    least = int(max(24, size / 2 / scale))
-    if min(small.size) < least:
-        return []
     found = cascade.detect_multi_scale(
-        np.asarray(small), scale_factor=1.2, step_ratio=1, min_size=(least, least),
+        np.asarray(small), scale_factor=1.2, step_ratio=1, min_size=(24, 24),
         max_size=(min(small.size),) * 2, min_neighbor_number=6)
-    boxes = []  # middle and side of crops, in the photo; by the eyes, which CelebA has 0.22 apart
+    kept, pixels = [], np.asarray(photo)
     for face in sorted(found, key=lambda face: -face["width"]):
-        side = face["width"] * scale
-        x, y = face["c"] * scale + 0.52 * side, face["r"] * scale + 0.44 * side
-        if all(max(abs(x - x0), abs(y - y0)) > side0 / 4 for x0, y0, side0 in boxes):
-            boxes.append((x, y, 2.35 * side))
-    margin = int(max([0, *(1 + side / 2 - min(x, y, photo.width - x, photo.height - y)
-                           for x, y, side in boxes)]))  # that crops reach out of the photo
-    if margin:
-        photo = Image.fromarray(np.pad(photo, ((margin,), (margin,), (0,)), mode="symmetric"))
-    return [photo.resize((size, size), Image.Resampling.BILINEAR, (
-        margin + x - side / 2, margin + y - side / 2, margin + x + side / 2, margin + y + side / 2))
-        for x, y, side in boxes]
+        # to the middle of the crop; by the eyes in the demo's photos and in skimage's astronaut
+        width = face["width"] * scale
+        x, y = face["c"] * scale + 0.52 * width, face["r"] * scale + 0.44 * width
+        if width >= size / 2 and all(
+                max(abs(x - x0), abs(y - y0)) > 0.6 * width0 for x0, y0, width0 in kept):
+            kept.append((x, y, width))
+
+    def along(middle, side, length):  # pixels of a crop along one axis, those outside mirrored
+        at = np.arange(round(middle - side / 2), round(middle + side / 2)) % (2 * length)
+        return np.minimum(at, 2 * length - 1 - at)
+
+    return [Image.fromarray(pixels[along(y, 2.35 * width, photo.height)][
+        :, along(x, 2.35 * width, photo.width)]).resize((size, size), Image.Resampling.BILINEAR)
+        for x, y, width in kept]
 
 
 def find_photos(path):
@@ -116,42 +116,48 @@ def crop_names(names):
     return [name_of(name) for name in names]
 
 
-def crop_all(photos, folder, size, threads, cut):
+def crop_all(photos, folder, size, threads, cascade=None):
     """Crop the photos of `find_photos` to `NAME.png`, `size`×`size`, in a folder.
 
-    `cut(photo, size)` lists a photo's crops; those after the first are `NAME-face2.png` and so on.
-    Those that are there, and those that cannot be read, are left out. Raises a Problem if the
+    With the cascade of `cut_faces` they are those of its faces, `NAME-face1.png` and so on. Those
+    that are there, and those that cannot be read, are left out. Raises a Problem if the
     folder holds crops of another size, cannot be written, or is empty at the end.
     """
     def crop(photo):
         (name, opened), target = photo
         try:
-            images = cut(dataReader.read_image(opened()), size)
+            image = dataReader.read_image(opened())
+            images = cut_faces(image, size, cascade) if cascade else [crop_face(image, size)]
         except Exception as error:
             return f"skipped {name}: {str(error) or type(error).__name__}"
-        for number, image in reversed(list(enumerate(images, 1))):  # if NAME.png is there, all are
-            face = f"-face{number}" if number > 1 else ""
-            dataReader.save_png(folder / target.replace(".png", f"{face}.png"), image, quick=True)
-        return None if images else f"skipped {name}: no face found"
+        for number, image in reversed(list(enumerate(images, 1))):  # if the first is there, all are
+            own = target if number == 1 else target.removesuffix("1.png") + f"{number}.png"
+            dataReader.save_png(folder / own, image, quick=True)
+        return len(images) or f"skipped {name}: no face found"
 
     there = {entry.name for entry in os.scandir(folder)
              if entry.name.endswith(".png") and entry.stat().st_size > 0}
     names = crop_names([name for name, _ in photos])
+    if cascade:
+        names = [name.removesuffix(".png") + "-face1.png" for name in names]
     for name in sorted(there.intersection(names))[:1]:
         with Image.open(folder / name) as found:
             if found.size != (size, size):
                 raise Problem(f"{folder} holds crops of {found.width}×{found.height}, not"
                               f" {size}×{size}: pass another --output, or remove it")
     todo = [pair for pair in zip(photos, names, strict=True) if pair[1] not in there]
-    skipped = 0
-    for reason in filter(None, dataReader.in_threads(crop, todo, "cropping", threads)):
-        say(reason)
-        skipped += 1
+    written = skipped = 0
+    for result in dataReader.in_threads(crop, todo, "cropping", threads):
+        if isinstance(result, str):
+            say(result)
+            skipped += 1
+        else:
+            written += result
     kept = len(photos) - len(todo)
-    print(f"{folder}: {len(todo) - skipped} written, {kept} already there, {skipped} skipped")
+    print(f"{folder}: {written} written, {kept} already there, {skipped} skipped")
     if len(photos) == skipped:
-        raise Problem("none of the files is a photo, or no face was found in them")
-    others = {name for name in there if re.sub(r"-face\d+\.png$", ".png", name) not in names}
+        raise Problem("no face was found" if cascade else "none of the files is a photo")
+    others = {name for name in there if re.sub(r"-face\d+\.png$", "-face1.png", name) not in names}
     if others:
         say(f"{folder} also holds {len(others)} images that are not from this input;"
             " train.py would learn from them too")
@@ -202,9 +208,7 @@ def main():
     if source.resolve() in [target.resolve(), *target.resolve().parents]:
         raise Problem(f"{target} lies in {source}: pass an --output elsewhere, or the crops would"
                       " be cropped again the next time")
-    def cut(photo, size):
-        return cut_faces(photo, size, cascade) if options.find_faces else [crop_face(photo, size)]
-
+    cascade = None
     if options.find_faces:
         from skimage.data import lbp_frontal_face_cascade_filename  # 1 s to import
         from skimage.feature import Cascade
@@ -213,7 +217,7 @@ def main():
     photos = find_photos(source)
     target.mkdir(parents=True, exist_ok=True)
     with dataReader.locked(target):  # two writers of one file would spoil it
-        crop_all(photos, target, options.image_size, options.threads, cut)
+        crop_all(photos, target, options.image_size, options.threads, cascade)
 
 
 if __name__ == "__main__":

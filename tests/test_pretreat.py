@@ -276,29 +276,30 @@ def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_pat
         face[y - 4:y + 5, x - 4:x + 5] = 0, 0, 255
     face = Image.fromarray(face)
     for name, places in {"one": [(30, 20, 250)], "two": [(600, 400, 250), (20, 30, 500)],
-                         "none": []}.items():
+                         "none": [], "corner": [(-40, -40, 250)]}.items():
         picture = Image.new("RGB", (1000, 700), "grey")
         for x, y, side in places:
             picture.paste(face.resize((side, side)), (x, y))
         picture.save(tmp_path / "in" / f"{name}.png")
     out = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
-    assert "2 written, 0 already there, 1 skipped" in out
+    assert "4 written, 0 already there, 1 skipped" in out
     assert "skipped none.png: no face found" in out
     found = crops(tmp_path / "imgs")
-    assert found.keys() == {"one.png", "two.png", "two-face2.png"}
+    assert found.keys() == {
+        "one-face1.png", "two-face1.png", "two-face2.png", "corner-face1.png"}
     for pixels in found.values():  # CelebA has the eyes at (25, 30) and (39, 30), about
         y, x = np.nonzero(pixels[..., 2] - pixels[..., :2].max(2).astype(int) > 100)
         for eye, column in (x < 32, 25), (x >= 32, 39):
             assert x[eye].mean() == pytest.approx(column, abs=2.5)
             assert y[eye].mean() == pytest.approx(30, abs=2.5)
-        assert x[x >= 32].mean() - x[x < 32].mean() == pytest.approx(13, abs=1.5)
+        assert x[x >= 32].mean() - x[x < 32].mean() == pytest.approx(13, abs=1.5)  # hers
     again = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
-    assert "0 written, 2 already there, 1 skipped" in again
+    assert "0 written, 3 already there, 1 skipped" in again
     assert "also holds" not in again
 
 
-def test_find_faces_leaves_small_ones_out(tmp_path):
-    photo = Image.new("RGB", (512, 512), "grey")
-    photo.paste(Image.fromarray(astronaut()[:250, 100:350]).resize((60, 60)), (200, 200))
+def test_find_faces_leaves_small_ones_out():
+    photo = Image.new("RGB", (400, 400), "grey")  # its face is 50 pixels wide, about
+    photo.paste(Image.fromarray(astronaut()[:250, 100:350]).resize((100, 100)), (200, 200))
     cascade = Cascade(lbp_frontal_face_cascade_filename())
-    assert cut_faces(photo, 64, cascade) == []  # the face is 22 pixels wide
+    assert [len(cut_faces(photo, size, cascade)) for size in (64, 128)] == [1, 0]

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -299,7 +301,12 @@ def test_losses_are_those_of_the_algorithm(trained):
 
 def test_threads_change_rounding_only(trained, tmp_path, monkeypatch):
     (tmp_path / "imgs").symlink_to(trained / "imgs")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3" if os.environ["OMP_NUM_THREADS"] == "2" else "2")
+    threads = "3" if os.environ.get("OMP_NUM_THREADS") == "2" else "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    shown = subprocess.run(
+        [sys.executable, "-c", "import weightInit, os; print(os.environ['OMP_NUM_THREADS'])"],
+        cwd=ROOT, text=True, capture_output=True)
+    assert shown.stdout.split() == [threads]  # the user's choice is kept
     run(tmp_path, "train.py", "--epochs", 1, *TINY)
     for row, other in zip(table(tmp_path)[:3], table(trained), strict=False):
         for name in "d_loss", "g_loss":
