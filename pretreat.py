@@ -62,7 +62,7 @@ def cut_faces(photo, size, cascade):
                          Image.Resampling.BILINEAR, reducing_gap=2)
     found = cascade.detect_multi_scale(
         np.asarray(small), scale_factor=1.2, step_ratio=1, min_size=(24, 24),
-        max_size=(min(small.size),) * 2, min_neighbor_number=6)
+        max_size=(min(small.size),) * 2, min_neighbor_number=8)
     kept, pixels = [], np.asarray(photo)
     for face in sorted(found, key=lambda face: -face["width"]):
         # to the middle of the crop; by the eyes in the demo's photos and in skimage's astronaut

@@ -303,3 +303,10 @@ def test_find_faces_leaves_small_ones_out():
     photo.paste(Image.fromarray(astronaut()[:250, 100:350]).resize((100, 100)), (200, 200))
     cascade = Cascade(lbp_frontal_face_cascade_filename())
     assert [len(cut_faces(photo, size, cascade)) for size in (64, 128)] == [1, 0]
+
+
+def test_find_faces_finds_no_face_beside_the_astronauts():
+    cascade = Cascade(lbp_frontal_face_cascade_filename())
+    jpeg = io.BytesIO()
+    Image.fromarray(astronaut()).save(jpeg, "JPEG")  # which had a false one with 6 neighbours
+    assert len(cut_faces(Image.open(jpeg), 64, cascade)) == 1
