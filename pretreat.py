@@ -47,7 +47,7 @@ def crop_face(photo, size):
     return resized.crop((left, top, left + size, top + size))
 
 
-SEARCHED = 400  # long side of what is searched for faces; 512 finds no more, but more false ones
+SEARCHED = 400  # long side of what is searched for faces, pixels: 512 found more false ones
 
 
 def cut_faces(photo, size, cascade):
@@ -61,8 +61,8 @@ def cut_faces(photo, size, cascade):
     small = photo.resize([max(1, int(side / scale)) for side in photo.size],
                          Image.Resampling.BILINEAR, reducing_gap=2)
     found = cascade.detect_multi_scale(
-        np.asarray(small), scale_factor=1.2, step_ratio=1, min_size=(24, 24),
-        max_size=(min(small.size),) * 2, min_neighbor_number=8)
+        np.asarray(small), scale_factor=1.1, step_ratio=1, min_size=(24, 24),
+        max_size=(min(small.size),) * 2, min_neighbor_number=12)
     kept, pixels = [], np.asarray(photo)
     for face in sorted(found, key=lambda face: -face["width"]):
         # to the middle of the crop; by the eyes in the demo's photos and in skimage's astronaut
