@@ -47,7 +47,7 @@ def crop_face(photo, size):
     return resized.crop((left, top, left + size, top + size))
 
 
-SEARCHED = 400  # long side of what is searched for faces, pixels: 512 found more false ones
+SEARCHED = 400  # pixels of the long side of what is searched; 512 found more false faces
 
 
 def cut_faces(photo, size, cascade):
