@@ -308,5 +308,5 @@ def test_find_faces_leaves_small_ones_out():
 def test_find_faces_finds_no_face_beside_the_astronauts():
     cascade = Cascade(lbp_frontal_face_cascade_filename())
     jpeg = io.BytesIO()
-    Image.fromarray(astronaut()).save(jpeg, "JPEG")  # whose rocket was one too, from 6 neighbours on
+    Image.fromarray(astronaut()).save(jpeg, "JPEG")  # its rocket was one too, of 6 findings
     assert len(cut_faces(Image.open(jpeg), 64, cascade)) == 1
