@@ -65,20 +65,20 @@ def cut_faces(photo, size, cascade):
         max_size=(min(small.size),) * 2, min_neighbor_number=12)
     kept, pixels = [], np.asarray(photo)
     for face in sorted(found, key=lambda face: -face["width"]):
-        # to the middle of the crop; by the eyes in the demo's photos and in skimage's astronaut
+        # to the middle of the crop; by the eyes of the demo's faces and of skimage's astronaut
         width = face["width"] * scale
         x, y = face["c"] * scale + 0.52 * width, face["r"] * scale + 0.44 * width
         if width >= size / 2 and all(
                 max(abs(x - x0), abs(y - y0)) > 0.6 * width0 for x0, y0, width0 in kept):
             kept.append((x, y, width))
 
-    def along(middle, side, length):  # pixels of a crop along one axis, those outside mirrored
-        at = np.arange(round(middle - side / 2), round(middle + side / 2)) % (2 * length)
+    def along(middle, width, length):  # pixels of a crop along one axis, those outside mirrored
+        half = 2.35 * width / 2
+        at = np.arange(round(middle - half), round(middle + half)) % (2 * length)
         return np.minimum(at, 2 * length - 1 - at)
 
-    return [Image.fromarray(pixels[along(y, 2.35 * width, photo.height)][
-        :, along(x, 2.35 * width, photo.width)]).resize((size, size), Image.Resampling.BILINEAR)
-        for x, y, width in kept]
+    return [Image.fromarray(pixels[along(y, width, photo.height)][:, along(x, width, photo.width)])
+            .resize((size, size), Image.Resampling.BILINEAR) for x, y, width in kept]
 
 
 def find_photos(path):
@@ -157,7 +157,8 @@ def crop_all(photos, folder, size, threads, cascade=None):
     print(f"{folder}: {written} written, {kept} already there, {skipped} skipped")
     if len(photos) == skipped:
         raise Problem("no face was found" if cascade else "none of the files is a photo")
-    others = {name for name in there if re.sub(r"-face\d+\.png$", "-face1.png", name) not in names}
+    firsts, face = set(names), re.compile(r"-face\d+\.png$")
+    others = [name for name in there if face.sub("-face1.png", name) not in firsts]
     if others:
         say(f"{folder} also holds {len(others)} images that are not from this input;"
             " train.py would learn from them too")

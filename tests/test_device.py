@@ -225,4 +225,3 @@ def test_digits_of_the_probe_are_exact():
     """On the CPU, with Paddle's own convolution."""
     ones = paddle.ones([1, 1, 4, 4])
     assert float(paddle.nn.functional.conv2d(ones, ones).sum() + 1) == 17
-
