@@ -11,7 +11,6 @@ Face number k of a seed is the same face whatever the count, and on any device u
 """
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,24 +81,17 @@ def draw_grid(draw, numbers, folder, individual):
     The folder `individual` holds nothing else, for programs that take a folder of faces.
     """
     if len(numbers) > GRID_MOST:
-        say(f"faces.png shows the first {GRID_MOST} faces"
-            + ("" if individual else "; for all, pass --individual too"))
+        say(f"faces.png shows the first {GRID_MOST} faces; for all there is --individual")
         numbers = numbers if individual else numbers[:GRID_MOST]
-    def save(number, face):
-        dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
-
-    own, shown, written = folder / "individual", [], []
+    own, shown = folder / "individual", []
     if individual:
         own.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(dataReader.THREADS) as pool:
-        for start in tqdm(range(0, len(numbers), BATCH), "drawing", unit=f" x {BATCH} img"):
-            batch = numbers[start:start + BATCH]
-            faces = draw(batch)
-            shown += list(faces[:max(0, GRID_MOST - start)])
-            list(written)  # those before, which threads wrote meanwhile; an error of theirs is here
-            once = dict(zip(batch, faces, strict=True)) if individual else {}
-            written = pool.map(save, once.keys(), once.values())
-        list(written)
+    for start in tqdm(range(0, len(numbers), BATCH), "drawing", unit=f" x {BATCH} img"):
+        batch = numbers[start:start + BATCH]
+        faces = draw(batch)
+        shown += list(faces[:max(0, GRID_MOST - start)])
+        for number, face in zip(batch, faces, strict=True) if individual else ():
+            dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
     dataReader.save_png(folder / "faces.png", enlarge(dataReader.grid(np.stack(shown)), 1400))
     if individual and (others := len(list(own.glob("*.png"))) - len(set(numbers))):
         say(f"{own} also holds {others} PNGs of other runs")

@@ -95,16 +95,12 @@ def run_onednn(wanted, first, second, stride, padding):
 
 @functools.cache
 def onednn_works():
-    """Whether this Paddle can do all that, tried against its own convolution and gradients."""
+    """Whether this Paddle can do all that: the sum in `Convolution` is tried in its three ways."""
+    ones = {"images": paddle.ones([1, 1, 8, 8]), "kernels": paddle.ones([1, 1, 4, 4]),
+            "outputs": paddle.ones([1, 1, 4, 4])}
     try:
-        images, kernels = paddle.ones([1, 1, 8, 8]), paddle.ones([2, 1, 4, 4])
-        images.stop_gradient = kernels.stop_gradient = False
-        results = []
-        with paddle.enable_grad():  # the first call may be generator.py's, under no_grad
-            for outputs in (F.conv2d(images, kernels, None, 2, 1),
-                            Convolution.apply("outputs", images, kernels, 2, 1)):
-                results.append([outputs, *paddle.grad((outputs**2).sum(), [images, kernels])])
-        return all(bool(paddle.allclose(*pair)) for pair in zip(*results, strict=True))
+        return all(float(run_onednn(wanted, *(ones[name] for name in GIVEN[wanted]), 2, 1).sum())
+                   == 14**2 for wanted in GIVEN)  # along an axis 3 + 4 + 4 + 3 pixels are covered
     except Exception:  # another Paddle may lack any of it
         return False
 
@@ -227,19 +223,41 @@ def margin(logits):
 def loss(logits, label):
     """Binary cross-entropy of the predicted probability of real (§3.7), in nats, mean of the batch.
 
-    `label` is 1 where the images are to be called real, 0 where generated; a number or `[N]`. The
-    probability is softmax(logits)[:, 1] = sigmoid(margin(logits)); the loss is computed from the
-    margin, so it does not overflow however sure D is. G's is the same with label 1; a loss in which
-    it is another, as hinge, belongs on `margin` in train.py's `d_step` and `g_step`.
+    `label` is 1 where the images are to be called real, 0 where generated; a number or float32
+    `[N]`. The probability is softmax(logits)[:, 1] = sigmoid(margin(logits)); the loss is computed
+    from the margin, so it does not overflow however sure D is. G's is the same with label 1; a loss
+    in which it is another, as hinge, belongs on `margin` in train.py's `d_step` and `g_step`.
     """
     odds = margin(logits)
-    if isinstance(label, paddle.Tensor):
-        label = label.reshape([-1]).astype(odds.dtype)
     return F.binary_cross_entropy_with_logits(odds, paddle.ones_like(odds) * label)
 
 
+# --- differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738) -----------------------------
+@paddle.amp.auto_cast(False)
+def augment(images, draws):
+    """Vary images `[N, 3, S, S]` in [-1, 1] at random, real and generated ones alike, for D.
+
+    `draws`, `[N, 7]` in [0, 1), are of brightness (±0.5), saturation (0 to 2 times), contrast (0.5
+    to 1.5 times), a shift (±S/8 down and right, zeros move in), and the middle of a square of S/2
+    that is set to zero. The gradient flows into `images`. With None they are returned unchanged.
+    """
+    if draws is None:
+        return images
+    size, at = images.shape[2], paddle.arange(images.shape[2], dtype="float32")
+    light, color, contrast, *shifts, y, x = draws.T.reshape([7, -1, 1, 1, 1])
+    images = images.astype("float32") + (light - 0.5)
+    for axes, strength in ([1], 2 * color), ([1, 2, 3], contrast + 0.5):
+        images = images * strength + images.mean(axes, keepdim=True) * (1 - strength)
+    # Shifts are products with matrices: each image has its own, and nothing waits for a GPU.
+    rows, columns = ((at.reshape([-1, 1]) - at == (shift * (size // 4 + 1)).floor() - size // 8)
+                     .astype("float32") for shift in shifts)
+    images = rows @ images @ columns.transpose([0, 1, 3, 2])
+    y, x = (((at + 0.5 - size * middle).abs() < size / 4).astype("float32") for middle in (y, x))
+    return images * (1 - y.transpose([0, 1, 3, 2]) * x)
+
+
 # --- latent vectors ------------------------------------------------------------------------------
-NOISES = ("normal", "uniform")
+NOISES = {"normal": np.random.Generator.standard_normal, "uniform": np.random.Generator.random}
 
 
 def latent(key, shape, noise):
@@ -249,9 +267,7 @@ def latent(key, shape, noise):
     at its end change nothing, so a key that is to differ from shorter ones ends with another.
     `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
     """
-    rng = np.random.default_rng(key)
-    draw = {"normal": rng.standard_normal, "uniform": rng.random}[noise]
-    return draw(shape, dtype=np.float32)
+    return NOISES[noise](np.random.default_rng(key), shape, dtype=np.float32)
 
 
 def face_latents(seed, numbers, z_dim, noise):
@@ -264,12 +280,9 @@ def face_latents(seed, numbers, z_dim, noise):
 def average_weights(averaged, generator, decay):
     """Set the weights of an averaged generator to decay·averaged + (1 − decay)·generator."""
     for mean, value in zip(averaged.parameters(), generator.parameters(), strict=True):
-        if value.stop_gradient:  # a statistic of BN: see `estimate_statistics`
-            continue
-        if decay == 0:  # the other would round
-            paddle.assign(value, mean)
-        else:  # lerp_ takes 40 ms on a CPU for all, this 5, and would have a GPU waited for
-            mean.add_((value - mean).scale_(1.0 - decay))
+        if not value.stop_gradient:  # as a statistic of BN is: see `estimate_statistics`
+            # lerp_ takes 40 ms on a CPU for all, this 5, and would have a GPU waited for
+            mean.scale_(decay).add_(value * (1.0 - decay))
 
 
 @paddle.no_grad()

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import dataReader
-from dataReader import Problem, say
+from dataReader import Problem
 
 # --- settings (each is also a flag, e.g. --threads 16) -------------------------------------------
 input = "img_align_celeba"      # photos: a folder, or CelebA's zip
@@ -30,9 +30,7 @@ threads = dataReader.THREADS    # photos worked on at a time: one per core, but 
 find_faces = False              # find all faces, and cut each out as CelebA frames it
 demo = False                    # make stand-in photos in demo/photos/, crop them to demo/imgs/
 
-# -------------------------------------------------------------------------------------------------
-
-
+# --- the crops -----------------------------------------------------------------------------------
 def crop_face(photo, size):
     """Cut the face out of a photo framed like CelebA's: PIL image → PIL image, `size`×`size`.
 
@@ -50,20 +48,23 @@ def crop_face(photo, size):
 SEARCHED = 400  # pixels of the long side of what is searched; 512 found more false faces
 
 
-def cut_faces(photo, size, cascade):
+def cut_faces(photo, size):
     """Cut out every face as CelebA frames it: PIL image → list of PIL images, largest face first.
 
-    `cascade` is a `skimage.feature.Cascade` of frontal, upright faces. It searches the photo at
-    `SEARCHED` pixels, so a face must be 24 of those wide, and in the photo half of `size`. A crop
-    that reaches out of the photo is filled with its mirror image.
+    Frontal, upright ones are found by scikit-image's cascade. It searches the photo at `SEARCHED`
+    pixels, so a face must be 24 of those wide, and in the photo half of `size`. Where a crop
+    reaches out of the photo, its last pixels are repeated, as in CelebA.
     """
+    from skimage.data import lbp_frontal_face_cascade_filename  # 1 s to import, only needed here
+    from skimage.feature import Cascade
+
     scale = max(1, max(photo.size) / SEARCHED)
     small = photo.resize([max(1, int(side / scale)) for side in photo.size],
                          Image.Resampling.BILINEAR, reducing_gap=2)
-    found = cascade.detect_multi_scale(
+    found = Cascade(lbp_frontal_face_cascade_filename()).detect_multi_scale(
         np.asarray(small), scale_factor=1.1, step_ratio=1, min_size=(24, 24),
         max_size=(min(small.size),) * 2, min_neighbor_number=12)
-    kept, pixels = [], np.asarray(photo)
+    kept, crops, pixels = [], [], np.asarray(photo)
     for face in sorted(found, key=lambda face: -face["width"]):
         # to the middle of the crop; by the eyes of the demo's faces and of skimage's astronaut
         width = face["width"] * scale
@@ -71,20 +72,18 @@ def cut_faces(photo, size, cascade):
         if width >= size / 2 and all(
                 max(abs(x - x0), abs(y - y0)) > 0.6 * width0 for x0, y0, width0 in kept):
             kept.append((x, y, width))
-
-    def along(middle, width, length):  # pixels of a crop along one axis, those outside mirrored
-        half = 2.35 * width / 2
-        at = np.arange(round(middle - half), round(middle + half)) % (2 * length)
-        return np.minimum(at, 2 * length - 1 - at)
-
-    return [Image.fromarray(pixels[along(y, width, photo.height)][:, along(x, width, photo.width)])
-            .resize((size, size), Image.Resampling.BILINEAR) for x, y, width in kept]
+            rows, columns = (np.arange(round(middle - 1.175 * width), round(middle + 1.175 * width))
+                             for middle in (y, x))
+            crop = Image.fromarray(
+                pixels.take(rows, 0, mode="clip").take(columns, 1, mode="clip"))
+            crops.append(crop.resize((size, size), Image.Resampling.BILINEAR))
+    return crops
 
 
 def find_photos(path):
-    """List (name, open) of the files of a folder (with the folders in it) or of a zip.
+    """The files of a folder (with the folders in it) or of a zip, a dict from name to function.
 
-    `open()` gives a binary file or a path to decode. Raises a Problem if there are no files.
+    The function gives a binary file or a path to decode. Raises a Problem if `path` is neither.
     """
     if path.is_dir():
         photos = [(name, lambda name=name: path / name) for name in dataReader.list_files(path)]
@@ -93,17 +92,14 @@ def find_photos(path):
             archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise Problem(f"{path} is neither a folder nor a whole zip: {error}") from error
-        items = {item.filename: item for item in archive.infolist()}  # the last of one name counts
-        photos = [(name, lambda item=item: archive.open(item)) for name, item in items.items()
-                  if not item.is_dir() and not name.startswith("__MACOSX/")
-                  and not Path(name).name.startswith(".")]
+        photos = [(name, lambda name=name: archive.open(name))  # the last of one name
+                  for name in dict.fromkeys(archive.namelist())
+                  if not name.endswith("/") and not re.match(r"__MACOSX/|\.|.*/\.", name)]
     else:
         raise Problem(f"{path} is not there: download img_align_celeba.zip (Align&Cropped Images)"
                       " from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into this folder, or"
                       " try `python pretreat.py --demo`, which needs no download")
-    if not photos:
-        raise Problem(f"{path} has no files in it")
-    return photos
+    return dict(photos)
 
 
 def crop_names(names):
@@ -116,52 +112,38 @@ def crop_names(names):
     return [name_of(name) for name in names]
 
 
-def crop_all(photos, folder, size, threads, cascade=None):
+def crop_all(photos, folder, size, threads, find_faces=False):
     """Crop the photos of `find_photos` to `NAME.png`, `size`×`size`, in a folder.
 
-    With the cascade of `cut_faces` they are those of its faces, `NAME-face1.png` and so on. Those
-    that are there, and those that cannot be read, are left out. Raises a Problem if the
-    folder holds crops of another size, cannot be written, or is empty at the end.
+    With `find_faces` they are those of `cut_faces`, `NAME-face1.png` and so on. Those that are
+    there, and those that cannot be read, are left out. Raises a Problem if the folder holds crops
+    of another size, cannot be written, or is empty at the end.
     """
-    def crop(photo):
-        (name, opened), target = photo
-        try:
-            image = dataReader.read_image(opened())
-            images = cut_faces(image, size, cascade) if cascade else [crop_face(image, size)]
-        except Exception as error:
-            return f"skipped {name}: {str(error) or type(error).__name__}"
+    def crop(name):
+        image, target = dataReader.read_image(photos[name]()), todo[name]
+        images = cut_faces(image, size) if find_faces else [crop_face(image, size)]
+        assert images, "no face found"
         for number, image in reversed(list(enumerate(images, 1))):  # if the first is there, all are
-            own = target if number == 1 else target.removesuffix("1.png") + f"{number}.png"
+            own = target.removesuffix(suffix.format(1)) + suffix.format(number)
             dataReader.save_png(folder / own, image, quick=True)
-        return len(images) or f"skipped {name}: no face found"
+        return len(images)
 
     there = {entry.name for entry in os.scandir(folder)
              if entry.name.endswith(".png") and entry.stat().st_size > 0}
-    names = crop_names([name for name, _ in photos])
-    if cascade:
-        names = [name.removesuffix(".png") + "-face1.png" for name in names]
+    suffix = "-face{}.png" if find_faces else ".png"
+    names = [name.removesuffix(".png") + suffix.format(1) for name in crop_names(photos)]
     for name in sorted(there.intersection(names))[:1]:
         with Image.open(folder / name) as found:
             if found.size != (size, size):
                 raise Problem(f"{folder} holds crops of {found.width}×{found.height}, not"
                               f" {size}×{size}: pass another --output, or remove it")
-    todo = [pair for pair in zip(photos, names, strict=True) if pair[1] not in there]
-    written = skipped = 0
-    for result in dataReader.in_threads(crop, todo, "cropping", threads):
-        if isinstance(result, str):
-            say(result)
-            skipped += 1
-        else:
-            written += result
-    kept = len(photos) - len(todo)
-    print(f"{folder}: {written} written, {kept} already there, {skipped} skipped")
+    todo = {name: target for name, target in zip(photos, names, strict=True) if target not in there}
+    written = list(dataReader.in_threads(crop, list(todo), "cropping", threads))
+    kept, skipped = len(photos) - len(todo), len(todo) - len(written)
+    print(f"{folder}: {sum(written)} written, {kept} already there, {skipped} skipped;"
+          f" {len(there) + sum(written)} images in all")  # which train.py would learn from
     if len(photos) == skipped:
-        raise Problem("no face was found" if cascade else "none of the files is a photo")
-    firsts, face = set(names), re.compile(r"-face\d+\.png$")
-    others = [name for name in there if face.sub("-face1.png", name) not in firsts]
-    if others:
-        say(f"{folder} also holds {len(others)} images that are not from this input;"
-            " train.py would learn from them too")
+        raise Problem("no face was found" if find_faces else "there is no photo in the input")
 
 
 def make_demo_photos(folder, threads):
@@ -191,7 +173,7 @@ def make_demo_photos(folder, threads):
         with dataReader.replacing(path, sync=False) as file:
             photo.save(file, "JPEG", quality=95)
 
-    paths = [folder / f"{number:04d}.jpg" for number in range(2000)]
+    paths = (folder / f"{number:04d}.jpg" for number in range(2000))
     todo = [path for path in paths if not path.exists()]
     list(dataReader.in_threads(draw, todo, f"making {folder}", threads))
 
@@ -209,16 +191,10 @@ def main():
     if source.resolve() in [target.resolve(), *target.resolve().parents]:
         raise Problem(f"{target} lies in {source}: pass an --output elsewhere, or the crops would"
                       " be cropped again the next time")
-    cascade = None
-    if options.find_faces:
-        from skimage.data import lbp_frontal_face_cascade_filename  # 1 s to import
-        from skimage.feature import Cascade
-
-        cascade = Cascade(lbp_frontal_face_cascade_filename())
     photos = find_photos(source)
     target.mkdir(parents=True, exist_ok=True)
     with dataReader.locked(target):  # two writers of one file would spoil it
-        crop_all(photos, target, options.image_size, options.threads, cascade)
+        crop_all(photos, target, options.image_size, options.threads, options.find_faces)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -51,6 +52,8 @@ beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient
 d_steps = 1              # discriminator steps per iteration
 g_steps = 2              # generator steps per iteration; more when D wins (its loss goes to 0)
+augment = False          # vary what D sees: with few images it would learn them by heart
+flip = False             # mirror half of the images, others in each epoch
 seed = 0                 # of weights, order and latent vectors
 ema_decay = 0.999        # of the average of G's weights, which faces are drawn with; 0: no average
 # the run
@@ -86,9 +89,8 @@ def d_step(D, optimizer, scaler, real, fake):
     logits_real, logits_fake = D(real), D(fake.detach())
     d_loss = network.loss(logits_real, 1) + network.loss(logits_fake, 0)
     descend(d_loss, D, optimizer, scaler)
-    with paddle.no_grad():
-        return (d_loss.detach(), F.sigmoid(network.margin(logits_real)).mean(),
-                F.sigmoid(network.margin(logits_fake)).mean())
+    return d_loss.detach(), *(F.sigmoid(network.margin(logits.detach())).mean()
+                              for logits in (logits_real, logits_fake))
 
 
 def g_step(G, D, optimizer, scaler, fake):
@@ -106,7 +108,7 @@ def g_step(G, D, optimizer, scaler, fake):
     return g_loss.detach()
 
 
-def iterate(nets, optimizers, scaler, images, z, d_steps, amp=None):
+def iterate(nets, optimizers, scaler, images, z, d_steps, amp=None, draws=None):
     """One iteration: `d_steps` discriminator steps, then generator steps (§4).
 
     The first generator step is on the images that the last discriminator step saw, which saves
@@ -117,28 +119,32 @@ def iterate(nets, optimizers, scaler, images, z, d_steps, amp=None):
         images: uint8 tensor `[N, 3, S, S]`.
         z: latent vectors, a tensor `[d_steps + generator steps - 1, N, z_dim]`.
         amp: "bfloat16" or "float16" for mixed precision, None for float32.
+        draws: of `network.augment`, `[2·d_steps + generator steps, N, 7]`, or None.
 
     Returns:
         Tensor `[4]`, on the device: D's loss, G's loss, D(x), D(G(z)) of each network's last step.
     """
     G, D = nets["G"], nets["D"]
     real = images.astype("float32") / 127.5 - 1
+    draws = itertools.repeat(None) if draws is None else iter(draws)
     # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
     with paddle.amp.auto_cast(amp is not None, {"conv2d_transpose"}, dtype=amp or "float16"):
         for draw in range(d_steps):
             fake = G(z[draw])
-            d_loss, d_real, d_fake = d_step(D, optimizers["D"], scaler, real, fake)
-        g_loss = g_step(G, D, optimizers["G"], scaler, fake)
+            seen = [network.augment(half, next(draws)) for half in (real, fake)]
+            d_loss, d_real, d_fake = d_step(D, optimizers["D"], scaler, *seen)
+        g_loss = g_step(G, D, optimizers["G"], scaler, network.augment(fake, next(draws)))
         for draw in range(d_steps, len(z)):
-            g_loss = g_step(G, D, optimizers["G"], scaler, G(z[draw]))
+            g_loss = g_step(G, D, optimizers["G"], scaler, network.augment(G(z[draw]), next(draws)))
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
 
 
 def batches(reader, options, step):
     """Yield (step, epoch, batch, images, z) of each iteration after `step`, all counted from 1.
 
-    Here alone step, epoch and batch are turned into each other. images and z are for `iterate`, on
-    a GPU once they have been copied there from page-locked memory, which need not be waited for.
+    Here alone step, epoch and batch are turned into each other. images, z and, with `augment`, also
+    draws are for `iterate`, on a GPU once they have been copied there from page-locked memory,
+    which need not be waited for.
     """
     place = None if paddle.get_device() == "cpu" else paddle.CUDAPinnedPlace()
     while step < options.epochs * len(reader):
@@ -146,11 +152,13 @@ def batches(reader, options, step):
         for images in reader.epoch(epoch + 1, batch):
             step, batch = step + 1, batch + 1
             # a key's last number is not 0, or these would be faces of generator.py: see `latent`
-            z = [network.latent([options.seed, step, reader.rank, draw + 1],
-                                [len(images), options.z_dim], options.noise)
+            key, count = [options.seed, step, reader.rank], 2 * options.d_steps + options.g_steps
+            z = [network.latent([*key, draw + 1], [len(images), options.z_dim], options.noise)
                  for draw in range(options.d_steps + options.g_steps - 1)]
-            yield (step, epoch + 1, batch, paddle.to_tensor(images, place=place),
-                   paddle.to_tensor(np.stack(z), place=place))
+            draws = [network.latent([*key, 0, 1], [count, len(images), 7], "uniform")
+                     ] if options.augment else []
+            yield (step, epoch + 1, batch, *(paddle.to_tensor(value, place=place)
+                                             for value in (images, np.stack(z), *draws)))
 
 
 # --- several processes, one a device, started by Paddle's launcher -------------------------------
@@ -180,7 +188,7 @@ def begin(options):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     reader = dataReader.FaceReader(
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
-        dist.get_world_size())  # one process packs, the others wait
+        dist.get_world_size(), options.flip)  # one process packs, the others wait
     network.use_device(options.device)
     if dist.get_world_size() > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU
@@ -195,7 +203,7 @@ def begin(options):
 
 # --- the files of a run --------------------------------------------------------------------------
 ALGORITHM = 1  # raise it when you change what an iteration computes, and older runs are refused
-BEFORE = {"algorithm": 1, "processes": 1}  # what older runs had, which do not name a setting
+BEFORE = {"algorithm": 1, "processes": 1, "augment": False, "flip": False}  # unnamed in old runs
 # What may differ when a run goes on: none of it changes an iteration.
 FREE = {"data_path", "epochs", "device", "deterministic", "output_path", "log_every",
         "sample_every", "save_minutes", "restart"}
@@ -233,7 +241,7 @@ def adam_state(nets):
 
 
 def save(folder, nets, optimizers, scaler, settings, step):
-    """Save all that training changes as the checkpoint, and what generator.py needs.
+    """Save all that training changes as the checkpoint, what generator.py needs, and the curves.
 
     Raises a Problem if a weight is not finite, or not the same on all processes.
     """
@@ -251,6 +259,7 @@ def save(folder, nets, optimizers, scaler, settings, step):
         scale = {key: np.asarray(value).tolist() for key, value in scaler.state_dict().items()}
         network.save_generator(folder / "generator.safetensors", nets["average"], nets["G"],
                                settings["noise"], step)
+        dataReader.draw_run(folder, settings["image_size"])
         # last, so that a killed run's generator is never older than its checkpoint
         weightInit.write_tensors(folder / "checkpoint.safetensors", tensors, {
             "kind": "checkpoint", "step": step, "settings": settings, "scaler": scale})
@@ -308,9 +317,9 @@ class Losses:
         # waits for the device; until then, copies from page-locked memory may be under way.
         self.path, self.pending, self.won = path, [], 0
         if first():
-            rows = path.read_bytes().splitlines(True)[1:] if path.exists() else []
-            rows = [row for row in rows if row.endswith(b"\n") and row[:1].isdigit()
-                    and int(row.split(b",")[0]) <= step]  # whole ones
+            old = path.read_bytes() if path.exists() else b""
+            rows = [row for row in re.findall(rb"^\d+,.*\n", old, re.MULTILINE)  # whole ones
+                    if int(row.split(b",")[0]) <= step]
             with dataReader.replacing(path) as file:
                 file.writelines([b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows])
 
@@ -380,9 +389,10 @@ def train(options):
         bar = stack.enter_context(tqdm(total=max(done, total) * each, initial=done * each,
                                        unit="img", unit_scale=True, disable=not first()))
         for step, epoch, batch, *sources in batches(reader, options, done):
-            images, z = (source.cuda(blocking=False) if source.place.is_cuda_pinned_place()
-                         else source for source in sources)
-            values = iterate(nets, optimizers, scaler, images, z, options.d_steps, amp)
+            images, z, *draws = (
+                source.cuda(blocking=False) if source.place.is_cuda_pinned_place() else source
+                for source in sources)
+            values = iterate(nets, optimizers, scaler, images, z, options.d_steps, amp, *draws)
             # Warmed up: at first the average spans the last tenth of the iterations, so that a
             # short run does not draw with the weights that it began with.
             network.average_weights(nets["average"], nets["G"],
@@ -402,8 +412,6 @@ def train(options):
                 faces = dataReader.grid(network.draw_faces(nets["average"], z_shown))
                 if first():
                     dataReader.save_png(folder / f"{epoch:04d}_{batch:04d}.png", faces)
-            if store and first():
-                dataReader.draw_run(folder, options.image_size)
             if store:
                 network.estimate_statistics(nets["average"], options.noise)
                 save(folder, *state, settings, step)
@@ -422,7 +430,7 @@ def train(options):
 
 def main():
     train(dataReader.command_line(
-        globals(), image_size=dataReader.SIZES, z_dim=[1], width=[1], noise=network.NOISES,
+        globals(), image_size=dataReader.SIZES, z_dim=[1], width=[1], noise=tuple(network.NOISES),
         epochs=[1], batch_size=[1], learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0],
         d_steps=[1], g_steps=[1], seed=[0, 2**32], ema_decay=[0.0, 1.0],
         device=("auto", "gpu", "cpu"), log_every=[1], sample_every=[1], save_minutes=[0.0]))

@@ -22,13 +22,8 @@ from dataReader import Problem, replacing
 
 def load_paddle():
     """Set what Paddle reads as it loads, except what the user has set; load and return it."""
-    env, threads = os.environ, len(os.sched_getaffinity(0))  # untold, Paddle uses one thread
-    if here := env.get("PADDLE_CURRENT_ENDPOINT", "").split(":")[0]:
-        # Paddle's launcher hands down 1 thread, which nobody has set: the cores are to be shared.
-        threads //= max(1, env.get("PADDLE_TRAINER_ENDPOINTS", "").count(f"{here}:"))
-        if env.get("OMP_NUM_THREADS") == "1":
-            del env["OMP_NUM_THREADS"]
-    env.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    env = os.environ  # untold, Paddle uses one thread, and its launcher sets one for each process
+    env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
     # each layer: keeping them saves 17 to 47 % of an iteration.
     # M_TRIM_THRESHOLD is -1, M_MMAP_MAX -4.

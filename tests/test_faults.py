@@ -102,6 +102,19 @@ def test_killed_run_resumes_bit_exact(place, untouched, kills, minutes):
         assert now[name] == data, name
 
 
+def test_run_with_augment_and_flip_resumes_bit_exact(place, untouched):
+    flags = *MINI, "--augment", "--flip", "--epochs", 6
+    run(place, "train.py", *flags, "--output_path", "whole")
+    for epochs in 1, 4:
+        run(place, "train.py", *flags, "--epochs", epochs)
+    assert "going on after iteration 32" in run(place, "train.py", *flags)
+    for name in "losses.csv", "generator.safetensors":
+        data = (place / "whole" / name).read_bytes()
+        assert contents(place)[name] == data, name
+        assert data[:1000] != untouched[name][:1000]  # they do something
+    assert "augment True (now False)" in complaint(place, "train.py", *MINI, "--flip")
+
+
 def test_more_epochs_extend_a_finished_run(place, untouched):
     run(place, "train.py", *MINI, "--epochs", 38)
     before = contents(place)
@@ -145,7 +158,7 @@ def test_changed_algorithm_is_noticed_and_a_new_setting_is_not(place):
     settings = info["settings"]
     write_tensors(path, tensors, {**info, "settings": {**settings, "algorithm": 0}})
     assert "algorithm 0 (now 1)" in complaint(place, "train.py", *MINI, "--epochs", 2)
-    for name in "algorithm", "processes":  # settings that older checkpoints do not name
+    for name in "algorithm", "processes", "augment", "flip":  # which older checkpoints do not name
         del settings[name]
     write_tensors(path, tensors, {**info, "settings": settings})
     assert "going on after iteration 8" in run(place, "train.py", *MINI, "--epochs", 2)
@@ -207,8 +220,9 @@ def test_checkpoint_names_the_settings_that_change_the_result(place):
     run(place, "train.py", *MINI, "--epochs", 1)
     _, info = read_tensors(place / "Output" / "checkpoint.safetensors", "checkpoint")
     assert sorted(info["settings"]) == [
-        "algorithm", "amp", "batch_size", "beta1", "beta2", "d_steps", "ema_decay", "g_steps",
-        "image_size", "images", "learning_rate", "noise", "processes", "seed", "width", "z_dim"]
+        "algorithm", "amp", "augment", "batch_size", "beta1", "beta2", "d_steps", "ema_decay",
+        "flip", "g_steps", "image_size", "images", "learning_rate", "noise", "processes", "seed",
+        "width", "z_dim"]
 
 
 def test_generator_without_checkpoint_is_not_overwritten(place):

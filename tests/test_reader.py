@@ -51,6 +51,25 @@ def test_any_batch_can_be_reached_at_once(folder):
     assert list(reader.epoch(4, start=5)) == []
 
 
+def test_flip_mirrors_half_of_the_images_others_in_each_epoch(folder):
+    def mirrored(epoch, start=0):
+        batches = list(FaceReader(folder, 16, 2, seed=0, flip=True).epoch(epoch, start))
+        plain = list(FaceReader(folder, 16, 2, seed=0).epoch(epoch, start))
+        found = []
+        for image, old in zip(np.concatenate(batches), np.concatenate(plain), strict=True):
+            found.append(not (image == old).all())
+            np.testing.assert_array_equal(image, old[..., ::-1] if found[-1] else old)
+        return found
+
+    flips = [mirrored(epoch) for epoch in range(1, 21)]
+    assert 0.35 < np.mean(flips) < 0.65
+    assert len({tuple(epoch) for epoch in flips}) > 15
+    assert mirrored(4, start=3) == flips[3][6:]
+    both = [FaceReader(folder, 16, 1, 0, rank, 2, flip=True).epoch(1) for rank in range(2)]
+    for one, rank in zip(FaceReader(folder, 16, 1, 0, flip=True).epoch(1), [0, 1] * 5, strict=True):
+        np.testing.assert_array_equal(one, next(both[rank]))
+
+
 def test_last_partial_batch_is_dropped(folder):
     reader = FaceReader(folder, 16, 4, seed=0)
     assert len(reader) == 2
@@ -163,6 +182,25 @@ def test_training_grid_shows_the_images(tmp_path, demo):
              for top in range(2, 662, 66) for left in range(2, 662, 66)}
     assert len(cells) == 100
     assert cells <= known
+
+
+def test_training_grid_shows_what_the_networks_see(tmp_path, demo):
+    (tmp_path / "imgs").symlink_to(demo / "imgs")
+    cells = []
+    for flags in [], ["--flip"], ["--augment"]:
+        run(tmp_path, "dataReader.py", *flags)
+        picture = np.asarray(Image.open(tmp_path / "Output" / "training_images.png"))
+        cells.append([picture[top:top + 64, left:left + 64]
+                      for top in range(2, 662, 66) for left in range(2, 662, 66)])
+    flipped = [not (cell == plain).all() for plain, cell in zip(*cells[:2], strict=True)]
+    assert 30 < sum(flipped) < 70
+    for plain, cell, other in zip(*cells[:2], flipped, strict=True):
+        np.testing.assert_array_equal(cell, plain[:, ::-1] if other else plain)
+    for cell in cells[2]:
+        grey = (cell == 128).all(2)  # the hole, where a pixel is 0
+        assert grey.mean() > 0.05
+    shades = [np.median(cell[(cell != 128).any(2)]) for cell in cells[2]]
+    assert np.std(shades) > 1.3 * np.std([np.median(cell) for cell in cells[0]])
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, TINY, complaint, photo, run, table
 from PIL import Image
 
+import network
 from dataReader import FaceReader, draw_run
 from network import Discriminator, Generator, latent, load_generator, loss
 from train import batches, d_step, g_step, iterate, main
@@ -97,7 +98,8 @@ def test_one_iteration_is_one_d_step_and_two_g_steps(nets, optimizers, monkeypat
 
 def test_batches_hold_the_images_and_new_latents_for_every_draw(trained):
     reader = FaceReader(trained / "imgs", 64, 16, seed=3)
-    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=3, epochs=3)
+    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=3, epochs=3,
+                              augment=False)
     found = list(batches(reader, options, 8))
     assert [place for *place, _, _ in found] == [
         *([step, 2, step - 6] for step in range(9, 13)),
@@ -108,6 +110,31 @@ def test_batches_hold_the_images_and_new_latents_for_every_draw(trained):
         assert z.shape == [3, 16, 5]
     np.testing.assert_array_equal(found[0][4][1], latent([3, 9, 0, 2], [16, 5], "uniform"))
     assert len(np.unique([z.numpy() for *_, z in found])) == 10 * 3 * 16 * 5
+
+
+def test_what_d_sees_is_augmented_with_draws_of_its_own(nets, optimizers, trained, monkeypatch):
+    """Real and generated images alike, in all steps, from draws that (seed, step) give."""
+    reader = FaceReader(trained / "imgs", 32, 16, seed=3)
+    options = SimpleNamespace(seed=3, z_dim=5, noise="normal", d_steps=2, g_steps=2, epochs=1,
+                              augment=True)
+    found = list(batches(reader, options, 0))
+    draws = np.stack([draws for *_, draws in found])
+    assert draws.shape == (6, 2 * 2 + 2, 16, 7)
+    assert 0 <= draws.min() < 0.01 < 0.99 < draws.max() < 1
+    assert len(np.unique(draws)) > 0.99 * draws.size
+    again, *_ = batches(reader, options, 5)
+    np.testing.assert_array_equal(again[-1], draws[5])
+
+    seen, augment = [], network.augment
+    monkeypatch.setattr(network, "augment", lambda images, draws: (
+        seen.append((images, draws.numpy())), augment(images, draws))[1])
+    before = weights(nets["G"])
+    *_, images, z, _ = found[0]
+    iterate(nets, optimizers, SCALER, images, z, 2, None, paddle.to_tensor(draws[0]))
+    np.testing.assert_array_equal(np.stack([given for _, given in seen]), draws[0])
+    real = [bool((images == seen[0][0]).all()) for images, _ in seen]
+    assert real == [True, False, True, False, False, False]
+    assert all(changed(before, nets["G"]))  # by a gradient that came through it
 
 
 def test_images_are_scaled_to_the_range_of_tanh(nets, monkeypatch):
