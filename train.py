@@ -189,6 +189,9 @@ def begin(options):
     reader = dataReader.FaceReader(
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
         dist.get_world_size(), options.flip)  # one process packs, the others wait
+    if len(reader.images) < 1000 and not options.augment and first():
+        say(f"{len(reader.images)} images are few, and D may learn them by heart: --augment helps,"
+            " and --flip where left and right do not matter")
     network.use_device(options.device)
     if dist.get_world_size() > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU

@@ -104,7 +104,9 @@ def test_killed_run_resumes_bit_exact(place, untouched, kills, minutes):
 
 def test_run_with_augment_and_flip_resumes_bit_exact(place, untouched):
     flags = *MINI, "--augment", "--flip", "--epochs", 6
-    run(place, "train.py", *flags, "--output_path", "whole")
+    assert "are few" not in run(place, "train.py", *flags, "--output_path", "whole")
+    assert "64 images are few" in run(
+        place, "train.py", *MINI, "--epochs", 1, "--output_path", "plain")
     for epochs in 1, 4:
         run(place, "train.py", *flags, "--epochs", epochs)
     assert "going on after iteration 32" in run(place, "train.py", *flags)
