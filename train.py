@@ -52,7 +52,7 @@ beta1 = 0.5              # Adam's decay of the mean gradient
 beta2 = 0.999            # Adam's decay of the mean squared gradient
 d_steps = 1              # discriminator steps per iteration
 g_steps = 2              # generator steps per iteration; more when D wins (its loss goes to 0)
-augment = False          # vary what D sees: with few images it would learn them by heart
+augment = False          # vary what D sees, so that it cannot learn few images by heart
 flip = False             # mirror half of the images, others in each epoch
 seed = 0                 # of weights, order and latent vectors
 ema_decay = 0.999        # of the average of G's weights, which faces are drawn with; 0: no average
@@ -190,8 +190,8 @@ def begin(options):
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
         dist.get_world_size(), options.flip)  # one process packs, the others wait
     if len(reader.images) < 1000 and not options.augment and first():
-        say(f"{len(reader.images)} images are few, and D may learn them by heart: --augment helps,"
-            " and --flip where left and right do not matter")
+        say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
+            " --augment")
     network.use_device(options.device)
     if dist.get_world_size() > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU

@@ -26,12 +26,12 @@ def place(tmp_path, demo):
     return tmp_path
 
 
-@pytest.mark.parametrize("amp", ["--no-amp", "--amp"])
-def test_twenty_iterations_are_finite_and_near_those_of_a_cpu(place, amp):
-    run(place, "train.py", *FLAGS, "--epochs", 1, amp, env=WITH_GPU)
+@pytest.mark.parametrize("flags", [(), ("--amp",), ("--augment",), ("--amp", "--augment")])
+def test_twenty_iterations_are_finite_and_near_those_of_a_cpu(place, flags):
+    run(place, "train.py", *FLAGS, "--epochs", 1, *flags, env=WITH_GPU)
     rows = table(place)
     assert len(rows) == 20
-    run(place, "train.py", *FLAGS, "--epochs", 1, "--device", "cpu", "--restart")
+    run(place, "train.py", *FLAGS, "--epochs", 1, *flags, "--device", "cpu", "--restart")
     first, of_cpu = (float(each[0]["d_loss"]) for each in (rows, table(place)))
     assert first == pytest.approx(of_cpu, rel=0.05)  # initial weights come of the GPU's own stream
 
