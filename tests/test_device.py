@@ -132,9 +132,10 @@ def test_cudnn_searches_unless_it_is_to_be_deterministic(card, monkeypatch, want
     flags = {"FLAGS_cudnn_deterministic": users, "FLAGS_cudnn_exhaustive_search": False}
     monkeypatch.setattr(paddle, "get_flags", lambda name: {name: flags[name]})
     monkeypatch.setattr(paddle, "set_flags", flags.update)
-    monkeypatch.setattr(dataReader, "FaceReader", lambda *_: SimpleNamespace(digest=""))
+    monkeypatch.setattr(dataReader, "FaceReader", lambda *_: SimpleNamespace(
+        digest="", images=range(5000)))
     options = SimpleNamespace(data_path="", image_size=64, batch_size=1, seed=0, device="gpu",
-                              amp=True, deterministic=wanted)
+                              amp=True, deterministic=wanted, augment=False, flip=False)
     _, amp = train.begin(options)
     assert amp == "bfloat16"
     assert flags == {"FLAGS_cudnn_deterministic": exact, "FLAGS_cudnn_exhaustive_search": not exact}
@@ -155,11 +156,11 @@ def test_copies_to_the_gpu_are_not_waited_for_and_their_sources_kept(
             return self.tensor
 
     def pinned(*args):
-        for step, epoch, batch, images, z in batches(*args):
-            yield step, epoch, batch, Pinned(images), Pinned(z)
+        for step, epoch, batch, *tensors in batches(*args):
+            yield step, epoch, batch, *map(Pinned, tensors)
 
     def flush(self, due):
-        assert len(sources) == 6  # of three iterations
+        assert len(sources) == 9  # images, z and draws of three iterations
         assert all(source() is not None for source in sources)
         sources.clear()
         return original(self, due)
@@ -170,7 +171,7 @@ def test_copies_to_the_gpu_are_not_waited_for_and_their_sources_kept(
     (tmp_path / "imgs").symlink_to(trained / "imgs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--width", "8", "--batch_size",
-                                     "16", "--epochs", "1", "--log_every", "3"])
+                                     "16", "--epochs", "1", "--log_every", "3", "--augment"])
     train.main()
 
 
