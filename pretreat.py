@@ -66,13 +66,14 @@ def cut_faces(photo, size):
         max_size=(min(small.size),) * 2, min_neighbor_number=12)
     kept, crops, pixels = [], [], np.asarray(photo)
     for face in sorted(found, key=lambda face: -face["width"]):
-        # to the middle of the crop; by the eyes of the demo's faces and of skimage's astronaut
+        # Eyes lie 0.375 of this width apart, their middle at (0.50, 0.39): medians of 89 of the
+        # demo's faces. CelebA's are 0.22 of the crop's apart, at 0.47 of its height.
         width = face["width"] * scale
-        x, y = face["c"] * scale + 0.52 * width, face["r"] * scale + 0.44 * width
+        x, y = face["c"] * scale + 0.50 * width, face["r"] * scale + 0.44 * width
         if width >= size / 2 and all(
                 max(abs(x - x0), abs(y - y0)) > 0.6 * width0 for x0, y0, width0 in kept):
             kept.append((x, y, width))
-            rows, columns = (np.arange(round(middle - 1.175 * width), round(middle + 1.175 * width))
+            rows, columns = (np.arange(round(middle - 0.87 * width), round(middle + 0.87 * width))
                              for middle in (y, x))
             crop = Image.fromarray(
                 pixels.take(rows, 0, mode="clip").take(columns, 1, mode="clip"))

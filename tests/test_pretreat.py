@@ -291,7 +291,8 @@ def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_pat
         for eye, column in (x < 32, 25), (x >= 32, 39):
             assert x[eye].mean() == pytest.approx(column, abs=2.5)
             assert y[eye].mean() == pytest.approx(30, abs=2.5)
-        assert x[x >= 32].mean() - x[x < 32].mean() == pytest.approx(13, abs=1.5)  # hers
+        apart = x[x >= 32].mean() - x[x < 32].mean()
+        assert apart == pytest.approx(15.5, abs=1.5)  # hers are farther apart than most
     again = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
     assert "0 written, 3 already there, 1 skipped" in again
 
