@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import complaint, photo, run, start
 from PIL import Image
 from skimage.data import astronaut
 
-from pretreat import crop_face, cut_faces
+from pretreat import crop_all, crop_face, cut_faces
 
 
 def crops(folder):
@@ -295,6 +296,25 @@ def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_pat
         assert apart == pytest.approx(15.5, abs=1.5)  # hers are farther apart than most
     again = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
     assert "0 written, 3 already there, 1 skipped" in again
+
+
+def test_faces_of_a_photo_are_written_again_unless_all_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretreat.cut_faces", lambda photo, size: [photo] * 3)
+    written = []
+    monkeypatch.setattr("dataReader.save_png", lambda path, *_, **__: written.append(path.name))
+    photo(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "imgs").mkdir()
+    crop_all({"a.png": lambda: tmp_path / "a.png"}, tmp_path / "imgs", 64, 1, find_faces=True)
+    # a kill leaves the last ones, and the first is looked for in the next run
+    assert written == ["a-face3.png", "a-face2.png", "a-face1.png"]
+
+
+def test_overlapping_findings_are_one_face(monkeypatch):
+    boxes = [{"c": 100, "r": 100, "width": 90}, {"c": 110, "r": 105, "width": 60},
+             {"c": 300, "r": 100, "width": 80}]
+    monkeypatch.setattr("skimage.feature.Cascade", lambda _: SimpleNamespace(
+        detect_multi_scale=lambda *_, **__: boxes))
+    assert len(cut_faces(Image.new("RGB", (500, 400)), 64)) == 2
 
 
 def test_find_faces_leaves_small_ones_out():
