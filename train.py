@@ -260,9 +260,9 @@ def save(folder, nets, optimizers, scaler, settings, step):
     if first():
         # empty unless enabled; the scale is an array, which JSON cannot hold
         scale = {key: np.asarray(value).tolist() for key, value in scaler.state_dict().items()}
+        dataReader.draw_run(folder, settings["image_size"])
         network.save_generator(folder / "generator.safetensors", nets["average"], nets["G"],
                                settings["noise"], step)
-        dataReader.draw_run(folder, settings["image_size"])
         # last, so that a killed run's generator is never older than its checkpoint
         weightInit.write_tensors(folder / "checkpoint.safetensors", tensors, {
             "kind": "checkpoint", "step": step, "settings": settings, "scaler": scale})
