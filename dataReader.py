@@ -166,12 +166,12 @@ def replacing(path, sync=True):
 def in_threads(function, items, title, threads):
     """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar.
 
-    An item that raises, be it anything but a Problem, is named and left out: PIL may raise so.
+    An item that raises anything but a Problem or MemoryError, as PIL may, is named and left out.
     """
     def attempt(item):
         try:
             return [function(item)]
-        except Problem:
+        except (Problem, MemoryError):
             raise
         except Exception as error:
             say(f"skipped {item}: {str(error) or type(error).__name__}")
@@ -403,6 +403,7 @@ def main():
     if options.augment:
         import network  # which loads Paddle
 
+        network.paddle.set_device("cpu")
         draws = network.latent([options.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
         images = network.draw_faces(lambda x: network.augment(x, network.paddle.to_tensor(draws)),
                                     images.astype("float32") / 127.5 - 1)

@@ -25,8 +25,7 @@ def load_paddle():
     env = os.environ  # untold, Paddle uses one thread, and its launcher sets one for each process
     env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
-    # each layer: keeping them saves 17 to 47 % of an iteration.
-    # M_TRIM_THRESHOLD is -1, M_MMAP_MAX -4.
+    # each layer: keeping them saves 17 to 47 %. M_TRIM_THRESHOLD is -1, M_MMAP_MAX -4.
     if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & env.keys():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
         ctypes.CDLL(None).mallopt(-4, 0)
