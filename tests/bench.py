@@ -423,8 +423,8 @@ def quality(folder, torch):
         """Faces of a run of train.py, which is taken up if it is there."""
         run = folder / f"ours-{seed}{''.join(flags).replace('--', '-')}"
         subprocess.run([sys.executable, ROOT / "train.py", "--data_path", folder / "demo" / "imgs",
-                        "--width", "16", "--batch_size", "16", "--learning_rate", "0.001",
-                        "--epochs", "16", "--output_path", run,
+                        "--width", "16", "--batch_size", "16", "--learning_rate", "0.0005",
+                        "--epochs", "17", "--output_path", run,
                         "--seed", str(seed), *flags], env=ENV, check=True,
                        stdout=subprocess.DEVNULL)
         child("faces", str(run / "generator.safetensors"), which, str(run / "faces.npy"))
@@ -434,7 +434,7 @@ def quality(folder, torch):
         path = folder / f"torch-{seed}.npy"
         if not path.exists():
             output(torch, ROOT / "tests" / "dcgan_torch.py", folder / "real.npy",
-                   folder / "new.npy", "--seed", seed, "--iterations", 2000, "--batch", 16)
+                   folder / "new.npy", "--seed", seed, "--iterations", 2125, "--batch", 16)
             (folder / "new.npy").rename(path)
         return np.load(path)
 
