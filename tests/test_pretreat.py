@@ -325,5 +325,5 @@ def test_find_faces_leaves_small_ones_out():
 
 def test_find_faces_finds_no_face_beside_the_astronauts():
     jpeg = io.BytesIO()
-    Image.fromarray(astronaut()).save(jpeg, "JPEG")  # its rocket was one too, of 6 findings
+    Image.fromarray(astronaut()).save(jpeg, "JPEG")  # in finer steps its rocket was one too
     assert len(cut_faces(Image.open(jpeg), 64)) == 1
