@@ -274,7 +274,7 @@ def draw_run(folder, size):
         axes.plot(table["step"], table[column], color, alpha=0.25, linewidth=0.5)
         axes.plot(*(np.convolve(table[name], mean, "valid") for name in ("step", column)), color,
                   label=label)
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower left")
     top = np.quantile([table["d_loss"], table["g_loss"]], 0.95)  # no spikes
     above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
               ylim=(0, 1.3 * max(1, top)))
