@@ -434,7 +434,7 @@ def quality(folder, torch):
         path = folder / f"torch-{seed}.npy"
         if not path.exists():
             output(torch, ROOT / "tests" / "dcgan_torch.py", folder / "real.npy",
-                   folder / "new.npy", "--seed", seed, "--iterations", 2125, "--batch", 16)
+                   folder / "new.npy", "--seed", seed, "--iterations", 17 * 125, "--batch", 16)
             (folder / "new.npy").rename(path)
         return np.load(path)
 
