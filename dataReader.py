@@ -11,7 +11,6 @@ import io
 import itertools
 import os
 import re
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +26,6 @@ if sys.platform != "linux":
 data_path = "imgs"      # folder of training images, searched recursively
 image_size = 64         # height and width of a training image, pixels
 seed = 0                # another seed draws other images
-augment = False         # vary them as train.py does for D with this setting
 flip = False            # mirror half of them
 output_path = "Output"  # where training_images.png is written
 
@@ -37,7 +35,7 @@ THREADS = min(8, len(os.sched_getaffinity(0)))  # more would wait for Python's l
 
 
 class Problem(Exception):
-    """Something the user can put right; `run` prints it as one line, without a traceback."""
+    """Something the user can put right; `run_script` prints it as one line, without a traceback."""
 
 
 def command_line(script, **limits):
@@ -75,7 +73,7 @@ def command_line(script, **limits):
     return options
 
 
-def run(main):
+def run_script(main):
     """Call a script's `main`; a Problem or an OSError becomes one line on stderr and status 1."""
     name = Path(sys.argv[0]).name
     try:
@@ -84,34 +82,20 @@ def run(main):
         sys.exit(f"{name}: {problem}")
     except OSError as error:
         if error.errno is None and "External" in str(error):  # Paddle's, of CUDA, cuDNN or NCCL
-            sys.exit(f"{name}: the GPU failed: {reason(error)}")
+            sys.exit(f"{name}: the GPU failed: {paddle_error_text(error)}")
         sys.exit(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
     except MemoryError as error:
         sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less;"
-                 f" {reason(error)}")
+                 f" {paddle_error_text(error)}")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def reason(error):
+def paddle_error_text(error):
     """What an error of Paddle's says, on one line, without its hints and its place in C++."""
     text = str(error).split("Error Message Summary:")[-1]
     return " ".join(re.split(r"\[Hint|\(at |Please check", text)[0].strip("- \n").split())
-
-
-def note_signals():
-    """Return a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
-    def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
-        noted.append(number)
-        if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
-
-    noted = []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, note)
-    return noted
 
 
 def say(line):
@@ -255,40 +239,6 @@ def save_grids(path, **grids):
         figure.savefig(file, format="png")
 
 
-def draw_run(folder, size):
-    """Draw what train.py's folder tells (§5): losses.png, and progress.gif of faces of `size`."""
-    from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
-
-    table = np.atleast_1d(np.genfromtxt(
-        folder / "losses.csv", delimiter=",", names=True, invalid_raise=False))
-    grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
-                   key=lambda path: [int(part) for part in path.stem.split("_")])
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    mean = np.ones(1 + len(table) // 50) / (1 + len(table) // 50)
-    for axes, column, color, label in (
-            (above, "g_loss", "C0", "generator G"), (above, "d_loss", "C1", "discriminator D"),
-            (below, "d_real", "C2", "D(x), real images"),
-            (below, "d_fake", "C3", "D(G(z)), generated images")):
-        # faint the values, strong their means over a fiftieth of the run
-        axes.plot(table["step"], table[column], color, alpha=0.25, linewidth=0.5)
-        axes.plot(*(np.convolve(table[name], mean, "valid") for name in ("step", column)), color,
-                  label=label)
-        axes.legend(loc="lower left")
-    top = np.quantile([table["d_loss"], table["g_loss"]], 0.95)  # no spikes
-    above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
-              ylim=(0, 1.3 * max(1, top)))
-    below.set(title="What the discriminator takes for real", ylabel="probability of being real",
-              ylim=(0, 1), xlabel="iteration")
-    with replacing(folder / "losses.png") as file:
-        figure.savefig(file, format="png", dpi=120)
-
-    grids = grids[::-(1 + len(grids) // 60)][::-1]  # 60 frames at most, their first 6×6 faces
-    frames = [read_image(path).crop((0, 0) + (6 * size + 14,) * 2) for path in grids]
-    if frames:
-        save_gif(folder / "progress.gif", frames, 150, 2000)
-
-
 # --- the reader ----------------------------------------------------------------------------------
 class FaceReader:
     """Shuffled uint8 batches from a folder of images (tutorial §3.1).
@@ -400,13 +350,6 @@ def main():
     options = command_line(globals(), image_size=SIZES, seed=[0])
     reader = FaceReader(options.data_path, options.image_size, 1, options.seed, flip=options.flip)
     images = np.concatenate(list(itertools.islice(reader.epoch(0), 100)))  # maybe mirrored
-    if options.augment:
-        import network  # which loads Paddle
-
-        network.paddle.set_device("cpu")
-        draws = network.latent([options.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
-        images = network.draw_faces(lambda x: network.augment(x, network.paddle.to_tensor(draws)),
-                                    images.astype("float32") / 127.5 - 1)
     path = Path(options.output_path) / "training_images.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, grid(images, columns=10))
@@ -414,4 +357,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import dataReader
 import network
+import weightInit
 from dataReader import Problem, say
 
 # --- settings (each is also a flag, e.g. --count 16) ---------------------------------------------
@@ -120,7 +121,7 @@ def main():
         raise Problem(f"--interpolate takes two numbers of faces or more, from 0 to {LIMIT - 1:,}")
     if options.individual and (stops or options.compare):
         raise Problem("--individual goes with the grid of faces, not with another picture")
-    network.use_device(options.device)
+    weightInit.use_device(options.device)
     generator, info = network.load_generator(options.checkpoint, options.raw)
     folder = Path(options.output_path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,4 +148,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dataReader.run(main)
+    dataReader.run_script(main)

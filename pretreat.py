@@ -198,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dataReader.run(main)
+    dataReader.run_script(main)

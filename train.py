@@ -192,10 +192,10 @@ def begin(options):
     if len(reader.images) < 1000 and not options.augment and first():
         say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
             " --augment")
-    network.use_device(options.device)
+    weightInit.use_device(options.device)
     if dist.get_world_size() > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU
-    amp = network.amp_type(options.amp)
+    amp = weightInit.amp_type(options.amp)
     check_same((vars(options), reader.digest, amp), "the settings, the images or the cards' types")
     if paddle.get_device() != "cpu":  # cuDNN's fastest algorithms, or those that repeat to the bit
         name = "FLAGS_cudnn_deterministic"
@@ -260,7 +260,7 @@ def save(folder, nets, optimizers, scaler, settings, step):
     if first():
         # empty unless enabled; the scale is an array, which JSON cannot hold
         scale = {key: np.asarray(value).tolist() for key, value in scaler.state_dict().items()}
-        dataReader.draw_run(folder, settings["image_size"])
+        draw_run(folder, settings["image_size"])
         network.save_generator(folder / "generator.safetensors", nets["average"], nets["G"],
                                settings["noise"], step)
         # last, so that a killed run's generator is never older than its checkpoint
@@ -355,6 +355,40 @@ class Losses:
         return row, flags[0] > 0
 
 
+def draw_run(folder, size):
+    """Draw what train.py's folder tells (§5): losses.png, and progress.gif of faces of `size`."""
+    from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
+
+    table = np.atleast_1d(np.genfromtxt(
+        folder / "losses.csv", delimiter=",", names=True, invalid_raise=False))
+    grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
+                   key=lambda path: [int(part) for part in path.stem.split("_")])
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    mean = np.ones(1 + len(table) // 50) / (1 + len(table) // 50)
+    for axes, column, color, label in (
+            (above, "g_loss", "C0", "generator G"), (above, "d_loss", "C1", "discriminator D"),
+            (below, "d_real", "C2", "D(x), real images"),
+            (below, "d_fake", "C3", "D(G(z)), generated images")):
+        # faint the values, strong their means over a fiftieth of the run
+        axes.plot(table["step"], table[column], color, alpha=0.25, linewidth=0.5)
+        axes.plot(*(np.convolve(table[name], mean, "valid") for name in ("step", column)), color,
+                  label=label)
+        axes.legend(loc="lower left")
+    top = np.quantile([table["d_loss"], table["g_loss"]], 0.95)  # no spikes
+    above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
+              ylim=(0, 1.3 * max(1, top)))
+    below.set(title="What the discriminator takes for real", ylabel="probability of being real",
+              ylim=(0, 1), xlabel="iteration")
+    with dataReader.replacing(folder / "losses.png") as file:
+        figure.savefig(file, format="png", dpi=120)
+
+    grids = grids[::-(1 + len(grids) // 60)][::-1]  # 60 frames at most, their first 6×6 faces
+    frames = [dataReader.read_image(path).crop((0, 0) + (6 * size + 14,) * 2) for path in grids]
+    if frames:
+        dataReader.save_gif(folder / "progress.gif", frames, 150, 2000)
+
+
 # --- the run -------------------------------------------------------------------------------------
 def build(options, amp):
     """Make (nets, optimizers, scaler) from the seed; the dicts' keys are "G", "D" and "average"."""
@@ -368,6 +402,20 @@ def build(options, amp):
         options.learning_rate, options.beta1, options.beta2, parameters=nets[name].parameters())
         for name in ("G", "D")}
     return nets, optimizers, paddle.amp.GradScaler(amp == "float16")
+
+
+def note_signals():
+    """Return a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
+    def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
+        noted.append(number)
+        if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
+
+    noted = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return noted
 
 
 def train(options):
@@ -388,7 +436,7 @@ def train(options):
         each, total = options.batch_size * reader.world_size, options.epochs * len(reader)
         if done:
             say(f"{folder}: going on after iteration {done} of {total}")
-        stops = dataReader.note_signals() if reader.world_size == 1 else []
+        stops = note_signals() if reader.world_size == 1 else []
         bar = stack.enter_context(tqdm(total=max(done, total) * each, initial=done * each,
                                        unit="img", unit_scale=True, disable=not first()))
         for step, epoch, batch, *sources in batches(reader, options, done):
@@ -440,4 +488,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dataReader.run(main)
+    dataReader.run_script(main)

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dataReader
-from dataReader import FaceReader, Problem, run
+from dataReader import FaceReader, Problem, run_script
 from pretreat import make_demo_photos
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +49,10 @@ def trainer(batch, width, d_steps=1, g_rate=2e-4):
     """
     import network
     import train
+    import weightInit
     from weightInit import paddle
 
-    network.use_device("cpu")
+    weightInit.use_device("cpu")
     if paddle.distributed.get_world_size() > 1:
         paddle.distributed.init_parallel_env()
     options = argparse.Namespace(seed=0, image_size=64, width=width, z_dim=100, learning_rate=2e-4,
@@ -116,9 +117,10 @@ def net_child(path, count):
     noise, which takes a PNG as much work as faces, and not plain grey.
     """
     import network
+    import weightInit
     from weightInit import paddle
 
-    network.use_device("cpu")
+    weightInit.use_device("cpu")
     z = network.face_latents(0, range(100), 100, "normal")
     if not Path(path).exists():
         generator = network.Generator()
@@ -139,7 +141,7 @@ def faces_child(path, which, target):
     import weightInit
     from weightInit import paddle
 
-    network.use_device("cpu")
+    weightInit.use_device("cpu")
     generator, info = network.load_generator(path, raw=which != "averaged")
     if which == "running":
         tensors, _ = weightInit.read_tensors(path, "generator")
@@ -495,4 +497,4 @@ if __name__ == "__main__":
         name, arguments = sys.argv[1].removeprefix("child-"), map(json.loads, sys.argv[2:])
         print(json.dumps(globals()[f"{name}_child"](*arguments)))
     else:
-        run(main)
+        run_script(main)

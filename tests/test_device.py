@@ -12,6 +12,7 @@ from conftest import ROOT
 import dataReader
 import network
 import train
+import weightInit
 from dataReader import Problem
 from weightInit import paddle
 
@@ -36,7 +37,7 @@ def card(monkeypatch):
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: card.capability)
     monkeypatch.setattr(paddle, "set_device", lambda name: setattr(card, "on", name))
     monkeypatch.setattr(paddle, "get_device", lambda: card.on)
-    monkeypatch.setattr(paddle.version, "cuda_archs", lambda: network.CARDS, raising=False)
+    monkeypatch.setattr(paddle.version, "cuda_archs", lambda: weightInit.CARDS, raising=False)
     monkeypatch.setattr(network.F, "conv2d", conv2d)
     return card
 
@@ -44,9 +45,9 @@ def card(monkeypatch):
 def test_good_card_is_used(card, capsys):
     for name in "auto", "gpu":
         card.on = "cpu"
-        network.use_device(name)
+        weightInit.use_device(name)
         assert card.on == "gpu"
-    network.use_device("cpu")
+    weightInit.use_device("cpu")
     assert card.on == "cpu"
     assert capsys.readouterr().err == ""
 
@@ -55,11 +56,11 @@ def test_good_card_is_used(card, capsys):
     ({"built": False}, "build without GPU"), ({"count": 0}, "no GPU or no driver")])
 def test_without_a_gpu_auto_takes_the_cpu_and_says_so(card, capsys, facts, words):
     vars(card).update(facts, on="gpu")
-    network.use_device("auto")
+    weightInit.use_device("auto")
     assert card.on == "cpu"
     assert words in capsys.readouterr().err
     with pytest.raises(Problem, match=f"--device gpu: .*{words}"):
-        network.use_device("gpu")
+        weightInit.use_device("gpu")
 
 
 @pytest.mark.parametrize(("facts", "words"), [
@@ -72,7 +73,7 @@ def test_without_a_gpu_auto_takes_the_cpu_and_says_so(card, capsys, facts, words
 def test_card_that_this_paddle_cannot_use_is_one_line(card, name, facts, words):
     vars(card).update(facts)
     with pytest.raises(Problem) as error:
-        network.use_device(name)
+        weightInit.use_device(name)
     message = str(error.value)
     assert words in message
     assert "README has a table" in message
@@ -87,8 +88,8 @@ def test_driver_too_old_is_one_line_and_the_cpu_can_be_used(card, monkeypatch):
 
     monkeypatch.setattr(paddle.device.cuda, "device_count", count)
     with pytest.raises(Problem, match=r"error\(35\), CUDA driver version is insufficient .*README"):
-        network.use_device("auto")
-    network.use_device("cpu")
+        weightInit.use_device("auto")
+    weightInit.use_device("cpu")
     assert card.on == "cpu"
 
 
@@ -96,32 +97,32 @@ def test_no_kernel_runs_on_a_card_without_them(card):
     """It could end the process."""
     card.capability, card.kernel = (9, 0), AssertionError("it ran")
     with pytest.raises(Problem, match="capability 9.0"):
-        network.use_device("auto")
+        weightInit.use_device("auto")
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5), (8, 0), (8, 9)])
 def test_kernels_run_on_later_cards_of_their_major_number(card, capability):
     card.capability = capability
-    network.use_device("gpu")
+    weightInit.use_device("gpu")
     assert card.on == "gpu"
 
 
 def test_paddle_that_does_not_tell_its_kernels_is_tried(card, monkeypatch):
     card.capability = (12, 0)
     monkeypatch.setattr(paddle.version, "cuda_archs", list, raising=False)
-    network.use_device("gpu")
+    weightInit.use_device("gpu")
     monkeypatch.delattr(paddle.version, "cuda_archs")  # as in 2.6, which has those of CARDS
     with pytest.raises(Problem, match="capability 12.0"):
-        network.use_device("gpu")
+        weightInit.use_device("gpu")
 
 
 def test_type_of_mixed_precision_is_the_cards(card, capsys):
     card.on = "gpu:0"
-    assert network.amp_type(False) is None
+    assert weightInit.amp_type(False) is None
     for card.capability, expected in ((7, 5), "float16"), ((8, 0), "bfloat16"):
-        assert network.amp_type(True) == expected
+        assert weightInit.amp_type(True) == expected
     card.on = "cpu"
-    assert network.amp_type(True) is None
+    assert weightInit.amp_type(True) is None
     assert "amp is off" in capsys.readouterr().err
 
 
@@ -196,7 +197,7 @@ def test_errors_of_paddle_are_one_line(monkeypatch, error, line):
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit) as exit:
-        dataReader.run(fail)
+        dataReader.run_script(fail)
     assert exit.value.code == f"train.py: {line}"
 
 
@@ -204,12 +205,12 @@ def test_paddles_own_errors_are_told_like_that(monkeypatch):
     """The real texts of this Paddle: out of memory, and an operator that is used wrongly."""
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit, match="^train.py: out of memory: .*Fail to alloc") as exit:
-        dataReader.run(lambda: paddle.empty([10**13]))
+        dataReader.run_script(lambda: paddle.empty([10**13]))
     assert "\n" not in exit.value.code
     assert "(at" not in exit.value.code
     with pytest.raises(Exception, match="matmul") as error:
         paddle.matmul(paddle.ones([2, 3]), paddle.ones([2, 3]))
-    assert "\n" not in dataReader.reason(error.value)
+    assert "\n" not in dataReader.paddle_error_text(error.value)
 
 
 def test_other_systems_are_told_what_they_need(monkeypatch, tmp_path):

@@ -250,7 +250,7 @@ def test_divergence_is_named_and_the_checkpoint_kept(place, monkeypatch):
     """A loss, then a weight, that is no number at iteration 11 of a run that saves every 2."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, MINI), "--save_minutes", "0"])
-    monkeypatch.setattr("dataReader.draw_run", lambda *_: None)
+    monkeypatch.setattr("train.draw_run", lambda *_: None)
 
     def poison(loss, weight, step):
         steps = itertools.count(step + 1)

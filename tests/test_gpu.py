@@ -17,7 +17,8 @@ def place(tmp_path, demo):
     if shutil.which("nvidia-smi") is None:
         pytest.skip("no nvidia-smi: no GPU of NVIDIA")
     (tmp_path / "probe.py").write_text(
-        "import network\ntry:\n    network.use_device('gpu')\nexcept network.Problem as problem:\n"
+        "import weightInit\ntry:\n    weightInit.use_device('gpu')\n"
+        "except weightInit.Problem as problem:\n"
         "    print('cannot:', problem)")
     printed = run(tmp_path, tmp_path / "probe.py", env={**WITH_GPU, "PYTHONPATH": "."})
     if "cannot:" in printed:

@@ -187,20 +187,15 @@ def test_training_grid_shows_the_images(tmp_path, demo):
 def test_training_grid_shows_what_the_networks_see(tmp_path, demo):
     (tmp_path / "imgs").symlink_to(demo / "imgs")
     cells = []
-    for flags in [], ["--flip"], ["--augment"]:
+    for flags in [], ["--flip"]:
         run(tmp_path, "dataReader.py", *flags)
         picture = np.asarray(Image.open(tmp_path / "Output" / "training_images.png"))
         cells.append([picture[top:top + 64, left:left + 64]
                       for top in range(2, 662, 66) for left in range(2, 662, 66)])
-    flipped = [not (cell == plain).all() for plain, cell in zip(*cells[:2], strict=True)]
+    flipped = [not (cell == plain).all() for plain, cell in zip(*cells, strict=True)]
     assert 30 < sum(flipped) < 70
-    for plain, cell, other in zip(*cells[:2], flipped, strict=True):
+    for plain, cell, other in zip(*cells, flipped, strict=True):
         np.testing.assert_array_equal(cell, plain[:, ::-1] if other else plain)
-    for cell in cells[2]:
-        grey = (cell == 128).all(2)  # the hole, where a pixel is 0
-        assert grey.mean() > 0.05
-    shades = [np.median(cell[(cell != 128).any(2)]) for cell in cells[2]]
-    assert np.std(shades) > 1.3 * np.std([np.median(cell) for cell in cells[0]])
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):

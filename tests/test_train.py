@@ -13,9 +13,9 @@ from conftest import ROOT, TINY, complaint, photo, run, table
 from PIL import Image
 
 import network
-from dataReader import FaceReader, draw_run
+from dataReader import FaceReader
 from network import Discriminator, Generator, latent, load_generator, loss
-from train import batches, d_step, g_step, iterate, main
+from train import batches, d_step, draw_run, g_step, iterate, main
 from weightInit import paddle, read_tensors
 
 SCALER = paddle.amp.GradScaler(False)
