@@ -7,6 +7,7 @@
 """
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -16,123 +17,75 @@ from weightInit import bn_initializer, paddle, weight_initializer
 
 nn, F, core = paddle.nn, paddle.nn.functional, paddle.base.core
 
-# --- building blocks (§3.4); N images, C channels, S height and width ----------------------------
-# On a CPU Paddle convolves image by image. It carries oneDNN too, which an iteration takes 0.72 of
-# the time with, but only static programs use it: so its operators are run here, one by one. You can
-# read on at `Conv`: this computes what nn.Conv2D and nn.Conv2DTranspose do, up to rounding.
-ONEDNN = True  # set it False for R1: paddle.grad by the images alone is an error with it
-GIVEN = {"outputs": ("images", "kernels"), "images": ("outputs", "kernels"),
-         "kernels": ("images", "outputs")}
 
+# --- the two networks; shapes beside the layers are those of image_size=64, width=64 -------------
+class Discriminator(nn.Layer):
+    """Images `[N, 3, S, S]` in [-1, 1] → logits `[N, 2]` for 0, generated, and 1, real (§3.5).
 
-class Convolution(paddle.autograd.PyLayer):
-    """One of the images, kernels and outputs of a convolution, `wanted`, from the two others.
-
-    sum(convolution(images, kernels) · outputs) is linear in each of the three, and this is its
-    gradient by one: by the outputs the convolution, by the images the transposed convolution. So
-    the way back is the same again.
+    `image_size`, S, is 32, 64 or 128, `width` the channels after the first convolution.
     """
 
-    @staticmethod
-    def forward(ctx, wanted, first, second, stride, padding):
-        ctx.save_for_backward(first, second)
-        ctx.wanted, ctx.way = wanted, (stride, padding)
-        ctx.needed = [not tensor.stop_gradient for tensor in (first, second)]
-        return run_onednn(wanted, first, second, stride, padding)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        names = GIVEN[ctx.wanted]
-        have = {ctx.wanted: gradient, **dict(zip(names, ctx.saved_tensor(), strict=True))}
-        return tuple(
-            Convolution.apply(name, *(have[given] for given in GIVEN[name]), *ctx.way)
-            if needed else None for name, needed in zip(names, ctx.needed, strict=True))
-
-
-@functools.cache
-def operators(wanted, filters, stride, padding):
-    """Paddle's operator for `Convolution`, and one that undoes oneDNN's order in memory."""
-    program = core.ProgramDesc()  # which owns the two
-    convolve, order = (program.block(0).append_op() for _ in range(2))
-    convolve.set_type("conv2d" if wanted == "outputs" else "conv2d_grad")
-    convolve.set_input("Input", ["images"])
-    convolve.set_input("Filter", [filters])
-    if wanted != "outputs":
-        convolve.set_input("Output@GRAD", ["outputs"])
-    convolve.set_output({"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[
-        wanted], ["ordered"])
-    for name, value in {
-            "strides": [stride] * 2, "paddings": [padding] * 2, "dilations": [1, 1], "groups": 1,
-            "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}.items():
-        convolve._set_attr(name, value)
-    order.set_type("share_data")  # Paddle reorders what an operator is given that is not oneDNN's
-    order.set_input("X", ["ordered"])
-    order.set_output("Out", ["result"])
-    return [core.Operator.create(each.serialize_to_string()) for each in (convolve, order)]
-
-
-def run_onednn(wanted, first, second, stride, padding):
-    """Run `operators` on the two that `GIVEN` names; the third is given for its shape."""
-    have, made = dict(zip(GIVEN[wanted], (first, second), strict=True)), paddle.empty([1])
-    if wanted == "images":
-        size = (first.shape[2] - 1) * stride - 2 * padding + second.shape[2]
-        have["images"] = made = paddle.empty([first.shape[0], second.shape[1], size, size])
-    elif wanted == "kernels":
-        have["kernels"] = made = paddle.empty([second.shape[1], first.shape[1], 4, 4])
-    # Paddle keeps what oneDNN compiles by the inputs' names and the images' shape: name the rest.
-    filters = f"kernels {have['kernels'].shape} {stride} {padding}"
-    scope = core.Scope()
-    for name, tensor in have.items():
-        scope.var(filters if name == "kernels" else name).get_tensor()._share_data_with(
-            tensor.contiguous().get_tensor())
-    _, result = (scope.var(name).get_tensor() for name in ("ordered", "result"))
-    for operator in operators(wanted, filters, stride, padding):
-        operator.run(scope, core.CPUPlace())
-    made.get_tensor()._share_data_with(result)  # paddle.Tensor(result) leaks on 3.3
-    scope._remove_from_pool()  # frees it
-    return made
-
-
-@functools.cache
-def onednn_works():
-    """Whether this Paddle can do all that: the sum in `Convolution` is tried in its three ways."""
-    ones = {"images": paddle.ones([1, 1, 8, 8]), "kernels": paddle.ones([1, 1, 4, 4]),
-            "outputs": paddle.ones([1, 1, 4, 4])}
-    try:
-        return all(float(run_onednn(wanted, *(ones[name] for name in GIVEN[wanted]), 2, 1).sum())
-                   == 14**2 for wanted in GIVEN)  # along an axis 3 + 4 + 4 + 3 pixels are covered
-    except Exception:  # another Paddle may lack any of it
-        return False
-
-
-class Conv(nn.Conv2D):
-    """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`."""
-
-    def __init__(self, channels_in, channels_out):
-        super().__init__(channels_in, channels_out, 4, stride=2, padding=1,
-                         weight_attr=weight_initializer, bias_attr=False)
+    def __init__(self, image_size=64, width=64):
+        super().__init__()
+        channels = channels_by_layer(image_size, width)     # [64, 128, 256, 512]
+        layers = [conv(3, width), nn.LeakyReLU(0.2)]        # [N, 64, 32, 32]
+        for before, after in itertools.pairwise(channels):  # [N, 128, 16, 16], [N, 256, 8, 8],
+            layers.append(conv_bn(before, after))           # [N, 512, 4, 4]
+        layers.append(Flatten())                            # [N, 8192]
+        layers.append(fc(channels[-1] * 4 * 4, 2))          # [N, 2]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images):
-        if not (ONEDNN and images.place.is_cpu_place() and onednn_works()):
-            return super().forward(images)
-        return Convolution.apply("outputs", images, self.weight, 2, 1)
+        return self.layers(images)
 
 
-class Deconv(nn.Conv2DTranspose):
+class Generator(nn.Layer):
+    """Latent vectors `[N, z_dim]` or `[N, z_dim, 1, 1]` → images `[N, 3, S, S]` in [-1, 1] (§3.6).
+
+    `image_size`, S, is 32, 64 or 128, `width` the channels before the last layer.
+    """
+
+    def __init__(self, z_dim=100, image_size=64, width=64):
+        super().__init__()
+        self.config = {"z_dim": z_dim, "image_size": image_size, "width": width}
+        channels = channels_by_layer(image_size, width)[::-1]      # [512, 256, 128, 64]
+        layers = [deconv_bn(z_dim, channels[0], stride=1, padding=0)]  # [N, 512, 4, 4]
+        for before, after in itertools.pairwise(channels):  # [N, 256, 8, 8], [N, 128, 16, 16],
+            layers.append(deconv_bn(before, after))         # [N, 64, 32, 32]
+        layers += [deconv(width, 3), nn.Tanh()]             # [N, 3, 64, 64]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z):
+        pixels = z.reshape([z.shape[0], -1, 1, 1])          # [N, 100, 1, 1]
+        return self.layers(pixels)
+
+
+def channels_by_layer(image_size, width):
+    """Channels of the images of S/2, S/4, ..., 4 pixels: `[64, 128, 256, 512]` for S=64."""
+    if image_size not in SIZES:
+        raise ValueError(f"image_size is {image_size}, but can be {', '.join(map(str, SIZES))}")
+    channels = [width]
+    size = image_size // 2
+    while size > 4:
+        channels.append(2 * channels[-1])
+        size //= 2
+    return channels
+
+
+# --- building blocks (§3.4); N images, C channels, S height and width ----------------------------
+def conv(channels_in, channels_out):
+    """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`."""
+    return Conv2D(channels_in, channels_out, 4, stride=2, padding=1,
+                  weight_attr=weight_initializer, bias_attr=False)
+
+
+def deconv(channels_in, channels_out, stride=2, padding=1):
     """Transposed convolution that doubles the image: `[N, C, S, S]` → `[N, C', 2S, 2S]`.
 
     With stride 1 and padding 0 it makes the first 4×4 image of a single pixel.
     """
-
-    def __init__(self, channels_in, channels_out, stride=2, padding=1):
-        super().__init__(channels_in, channels_out, 4, stride=stride, padding=padding,
-                         weight_attr=weight_initializer, bias_attr=False)
-        self.way = stride, padding
-
-    def forward(self, images):
-        if not (ONEDNN and images.place.is_cpu_place() and onednn_works()):
-            return super().forward(images)
-        return Convolution.apply("images", images, self.weight, *self.way)
+    return Conv2DTranspose(channels_in, channels_out, 4, stride=stride, padding=padding,
+                           weight_attr=weight_initializer, bias_attr=False)
 
 
 MOMENTUM = 0.5  # running = 0.5·running + 0.5·batch (§3.5, §3.6)
@@ -156,64 +109,17 @@ class Flatten(nn.Layer):
 
 
 def conv_bn(channels_in, channels_out):
-    """The discriminator's block: `Conv`, `bn` and LeakyReLU(0.2)."""
-    return nn.Sequential(Conv(channels_in, channels_out), bn(channels_out), nn.LeakyReLU(0.2))
+    """The discriminator's block: `conv`, `bn` and LeakyReLU(0.2)."""
+    return nn.Sequential(conv(channels_in, channels_out), bn(channels_out), nn.LeakyReLU(0.2))
 
 
 def deconv_bn(channels_in, channels_out, stride=2, padding=1):
-    """The generator's block: `Deconv`, `bn` and ReLU."""
+    """The generator's block: `deconv`, `bn` and ReLU."""
     return nn.Sequential(
-        Deconv(channels_in, channels_out, stride, padding), bn(channels_out), nn.ReLU())
+        deconv(channels_in, channels_out, stride, padding), bn(channels_out), nn.ReLU())
 
 
-def _channels(image_size, width):
-    """Channels after each halving of an image, of `dataReader.SIZES`, down to 4×4: [64, …, 512]."""
-    if image_size not in SIZES:
-        raise ValueError(f"image_size is {image_size}, but can be {', '.join(map(str, SIZES))}")
-    return [width * 2**i for i in range(image_size.bit_length() - 3)]
-
-
-# --- the two networks; shapes beside the layers are those of image_size=64, width=64 -------------
-class Discriminator(nn.Layer):
-    """Images `[N, 3, S, S]` in [-1, 1] → logits `[N, 2]` for 0, generated, and 1, real (§3.5).
-
-    `image_size`, S, is 32, 64 or 128, `width` the channels after the first convolution.
-    """
-
-    def __init__(self, image_size=64, width=64):
-        super().__init__()
-        first, *rest = _channels(image_size, width)
-        layers = [Conv(3, first), nn.LeakyReLU(0.2)]       # [N, 64, 32, 32]
-        for channels in rest:                              # [N, 128, 16, 16], [N, 256, 8, 8],
-            layers.append(conv_bn(channels // 2, channels))                # [N, 512, 4, 4]
-        layers.append(Flatten())                           # [N, 8192]
-        layers.append(fc(([first] + rest)[-1] * 4 * 4, 2))  # [N, 2]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, images):
-        return self.layers(images)
-
-
-class Generator(nn.Layer):
-    """Latent vectors `[N, z_dim]` or `[N, z_dim, 1, 1]` → images `[N, 3, S, S]` in [-1, 1] (§3.6).
-
-    `image_size`, S, is 32, 64 or 128, `width` the channels before the last layer.
-    """
-
-    def __init__(self, z_dim=100, image_size=64, width=64):
-        super().__init__()
-        self.config = {"z_dim": z_dim, "image_size": image_size, "width": width}
-        first, *rest = reversed(_channels(image_size, width))
-        layers = [deconv_bn(z_dim, first, stride=1, padding=0)]    # [N, 512, 4, 4]
-        for channels in rest:                              # [N, 256, 8, 8], [N, 128, 16, 16],
-            layers.append(deconv_bn(channels * 2, channels))              # [N, 64, 32, 32]
-        layers += [Deconv(width, 3), nn.Tanh()]            # [N, 3, 64, 64]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, z):
-        return self.layers(z.reshape([z.shape[0], -1, 1, 1]))      # [N, 100, 1, 1]
-
-
+# --- the loss ------------------------------------------------------------------------------------
 def margin(logits):
     """Logits `[N, 2]` → float32 `[N]`, the log-odds of real; `sigmoid` of it is D(x)."""
     logits = logits.astype("float32")
@@ -234,26 +140,54 @@ def loss(logits, label):
 
 # --- differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738) -----------------------------
 @paddle.amp.auto_cast(False)
-def augment(images, draws):
+def augment(images, numbers):
     """Vary images `[N, 3, S, S]` in [-1, 1] at random, real and generated ones alike, for D.
 
-    `draws`, `[N, 7]` in [0, 1), are of brightness (±0.5), saturation (0 to 2 times), contrast (0.5
-    to 1.5 times), a shift (±S/8 down and right, zeros move in), and the middle of a square of S/2
-    that is set to zero. The gradient flows into `images`. With None they are returned unchanged.
+    `numbers`, `[N, 7]` in [0, 1), say how: 3 are for `vary_color`, 2 for `shift`, 2 for `cut_out`.
+    The gradient flows into `images`. With None they are returned unchanged.
     """
-    if draws is None:
+    if numbers is None:
         return images
-    size, at = images.shape[2], paddle.arange(images.shape[2], dtype="float32")
-    light, color, contrast, *shifts, y, x = draws.T.reshape([7, -1, 1, 1, 1])
-    images = images.astype("float32") + (light - 0.5)
-    for axes, strength in ([1], 2 * color), ([1, 2, 3], contrast + 0.5):
-        images = images * strength + images.mean(axes, keepdim=True) * (1 - strength)
-    # Shifts are products with matrices: each image has its own, and nothing waits for a GPU.
-    rows, columns = ((at.reshape([-1, 1]) - at == (shift * (size // 4 + 1)).floor() - size // 8)
-                     .astype("float32") for shift in shifts)
-    images = rows @ images @ columns.transpose([0, 1, 3, 2])
-    y, x = (((at + 0.5 - size * middle).abs() < size / 4).astype("float32") for middle in (y, x))
-    return images * (1 - y.transpose([0, 1, 3, 2]) * x)
+    images = vary_color(images.astype("float32"), numbers[:, :3])
+    images = shift(images, numbers[:, 3:5])
+    return cut_out(images, numbers[:, 5:])
+
+
+def vary_color(images, numbers):
+    """Vary brightness (by ±0.5), saturation (0 to 2 times) and contrast (0.5 to 1.5 times)."""
+    brightness, saturation, contrast = numbers.T.reshape([3, -1, 1, 1, 1])
+    images = images + (brightness - 0.5)
+    images = scale_around(images, images.mean([1], keepdim=True), 2 * saturation)
+    return scale_around(images, images.mean([1, 2, 3], keepdim=True), contrast + 0.5)
+
+
+def scale_around(images, mean, factor):
+    """Multiply how far images are from a mean by a factor."""
+    return images * factor + mean * (1 - factor)
+
+
+def shift(images, numbers):
+    """Move each image by up to S/8 whole pixels down and right, or up and left; zeros move in."""
+    size = images.shape[2]
+    down, right = (numbers * (size // 4 + 1)).floor().T.reshape([2, -1, 1, 1, 1]) - size // 8
+    # Each image has its own matrices of zeros and ones, [N, 1, S, S], that move its rows and its
+    # columns: to cut it at its own place, the numbers would have to be waited for on a GPU.
+    j = paddle.arange(size, dtype="float32")
+    i = j.reshape([size, 1])
+    rows = (i - j == down).astype("float32")
+    columns = (j - i == right).astype("float32")
+    # expanded to all channels, since Paddle would have a GPU multiply them one by one
+    return rows.expand(images.shape) @ images @ columns.expand(images.shape)
+
+
+def cut_out(images, numbers):
+    """Set a square of S/2 by S/2 pixels to zero; `numbers` are where its middle is, in sizes S."""
+    size = images.shape[2]
+    pixels = paddle.arange(size, dtype="float32") + 0.5
+    middle_y, middle_x = numbers.T.reshape([2, -1, 1, 1, 1])
+    rows = ((pixels - size * middle_y).abs() < size / 4).astype("float32")
+    columns = ((pixels - size * middle_x).abs() < size / 4).astype("float32")
+    return images * (1 - rows.transpose([0, 1, 3, 2]) * columns)
 
 
 # --- latent vectors ------------------------------------------------------------------------------
@@ -339,7 +273,7 @@ def load_generator(path, raw=False):
                if name.startswith("raw.") == raw}
     try:  # before a network of any size is built
         first = tensors["layers.0.0.weight"].shape
-        assert first == (info["z_dim"], _channels(info["image_size"], info["width"])[-1], 4, 4)
+        assert first == (info["z_dim"], channels_by_layer(info["image_size"], info["width"])[-1], 4, 4)
         assert info["noise"] in NOISES
         assert info["step"] >= 0
     except Exception as error:  # a stranger's file can be wrong in any way
@@ -352,3 +286,167 @@ def load_generator(path, raw=False):
         estimate_statistics(generator, info["noise"])
     generator.eval()
     return generator, info
+
+
+# --- a faster convolution on CPUs; skip this -----------------------------------------------------
+# On a CPU Paddle convolves image by image. It also carries oneDNN, with which an iteration takes
+# 0.72 of the time, but uses it in static programs only. So oneDNN's operators are run here, one by
+# one. The results are those of nn.Conv2D and nn.Conv2DTranspose, up to rounding.
+ONEDNN = True  # with False Paddle's own are used; a gradient penalty needs them
+
+
+class Conv2D(nn.Conv2D):
+    """Paddle's own, by oneDNN where that works."""
+
+    def forward(self, images):
+        if ONEDNN and images.place.is_cpu_place() and onednn_works():
+            return Convolution.apply(images, self.weight, (self._stride[0], self._padding))
+        return super().forward(images)
+
+
+class Conv2DTranspose(nn.Conv2DTranspose):
+    """Paddle's own, by oneDNN where that works."""
+
+    def forward(self, images):
+        if ONEDNN and images.place.is_cpu_place() and onednn_works():
+            return TransposedConvolution.apply(
+                images, self.weight, (self._stride[0], self._padding))
+        return super().forward(images)
+
+
+class Convolution(paddle.autograd.PyLayer):
+    """Images `[N, C, S, S]`, kernels `[C', C, 4, 4]` → outputs `[N, C', S', S']`."""
+
+    @staticmethod
+    def forward(ctx, images, kernels, stride_padding):
+        ctx.save_for_backward(images, kernels)
+        ctx.stride_padding = stride_padding
+        ctx.images_are_constant = images.stop_gradient
+        ctx.kernels_are_constant = kernels.stop_gradient
+        return run_onednn("outputs", images, kernels, None, stride_padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_gradient()
+        images, kernels = ctx.saved_tensor()
+        of_images = of_kernels = None
+        if not ctx.images_are_constant:
+            of_images = run_onednn("images", images, kernels, gradient, ctx.stride_padding)
+        if not ctx.kernels_are_constant:
+            of_kernels = run_onednn("kernels", images, kernels, gradient, ctx.stride_padding)
+        return of_images, of_kernels
+
+
+class TransposedConvolution(paddle.autograd.PyLayer):
+    """Inputs `[N, C', S', S']`, kernels `[C', C, 4, 4]` → larger images `[N, C, S, S]`.
+
+    It computes the gradient of `Convolution` by its images, so its inputs are "outputs" there.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, kernels, stride_padding):
+        ctx.save_for_backward(inputs, kernels)
+        ctx.stride_padding = stride_padding
+        ctx.inputs_are_constant = inputs.stop_gradient
+        ctx.kernels_are_constant = kernels.stop_gradient
+        stride, padding = stride_padding
+        size = (inputs.shape[2] - 1) * stride - 2 * padding + kernels.shape[2]
+        images = paddle.empty([inputs.shape[0], kernels.shape[1], size, size])  # for its shape
+        return run_onednn("images", images, kernels, inputs, stride_padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_gradient()
+        inputs, kernels = ctx.saved_tensor()
+        of_inputs = of_kernels = None
+        if not ctx.inputs_are_constant:
+            of_inputs = run_onednn("outputs", gradient, kernels, None, ctx.stride_padding)
+        if not ctx.kernels_are_constant:
+            of_kernels = run_onednn("kernels", gradient, kernels, inputs, ctx.stride_padding)
+        return of_inputs, of_kernels
+
+
+def refuse_second_gradient():
+    """Raise an error if a gradient is to have a gradient, as for a gradient penalty."""
+    if paddle.is_grad_enabled():  # which it is in a backward pass only with create_graph=True
+        raise NotImplementedError("for gradients of gradients set network.ONEDNN = False")
+
+
+def run_onednn(target, images, kernels, outputs, stride_padding):
+    """Compute one of a convolution's images, kernels and outputs, `target`, from the two others.
+
+    Images and kernels are the gradients by them, from that of the outputs; what is given for the
+    target is looked at for its shape alone.
+    """
+    return onednn(target, tuple(kernels.shape), stride_padding).run(images, kernels, outputs)
+
+
+class OneDNN:
+    """Paddle's oneDNN operator for one target and layer, and the variables that it works on."""
+
+    def __init__(self, target, kernels_shape, stride_padding):
+        stride, padding = stride_padding
+        # Paddle keeps what oneDNN compiles by the names of images and kernels and by the shape of
+        # the images: the rest of what it depends on must be in a name.
+        kernels = f"kernels {kernels_shape} {stride} {padding}"
+        program = core.ProgramDesc()  # which owns the block
+        block = program.block(0)
+        convolve = block.append_op()
+        convolve.set_type("conv2d" if target == "outputs" else "conv2d_grad")
+        convolve.set_input("Input", ["images"])
+        convolve.set_input("Filter", [kernels])
+        if target != "outputs":
+            convolve.set_input("Output@GRAD", ["outputs"])
+        result = {"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[target]
+        convolve.set_output(result, ["blocked"])
+        attributes = {
+            "strides": [stride] * 2, "paddings": [padding] * 2, "dilations": [1, 1], "groups": 1,
+            "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}
+        for name, value in attributes.items():
+            convolve._set_attr(name, value)
+        # oneDNN's results lie in memory in blocks. Paddle orders what it gives to an operator that
+        # is not oneDNN's, so here is one that does nothing.
+        order = block.append_op()
+        order.set_type("share_data")
+        order.set_input("X", ["blocked"])
+        order.set_output("Out", ["ordered"])
+        self.convolve = core.Operator.create(convolve.serialize_to_string())
+        self.order = core.Operator.create(order.serialize_to_string())
+        self.cpu = core.CPUPlace()
+        self.scope = core.Scope()
+        self.images, self.kernels, self.outputs, self.blocked, self.ordered = (
+            self.scope.var(name).get_tensor()
+            for name in ("images", kernels, "outputs", "blocked", "ordered"))
+
+    def run(self, images, kernels, outputs):
+        """Compute a new tensor; no memory is held until the next call."""
+        self.images._share_data_with(images.contiguous().get_tensor())
+        self.kernels._share_data_with(kernels.contiguous().get_tensor())
+        if outputs is not None:
+            self.outputs._share_data_with(outputs.contiguous().get_tensor())
+        self.convolve.run(self.scope, self.cpu)
+        self.order.run(self.scope, self.cpu)
+        result = paddle.empty([1])  # paddle.Tensor(self.ordered) leaks on 3.3
+        result.get_tensor()._share_data_with(self.ordered)
+        for variable in self.images, self.kernels, self.outputs, self.blocked, self.ordered:
+            variable._clear()
+        self.scope.drop_kids()  # Paddle's own copies of what it has ordered
+        return result
+
+
+onednn = functools.cache(OneDNN)
+
+
+@functools.cache
+def onednn_works():
+    """Whether this Paddle can do all that: each target is tried on ones."""
+    try:
+        images = paddle.ones([1, 1, 8, 8])
+        kernels = outputs = paddle.ones([1, 1, 4, 4])
+        for target in "images", "kernels", "outputs":
+            result = run_onednn(target, images, kernels, outputs, (2, 1))
+            if float(result.sum()) != 14**2:  # along an axis 3 + 4 + 4 + 3 pixels are covered
+                return False
+    except Exception:  # another Paddle may lack any of it
+        return False
+    return True
