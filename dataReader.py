@@ -111,18 +111,18 @@ def locked(folder, refusal=None):
     """
     import fcntl  # Windows has none, and is told so above
 
-    place = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if refusal:
                 raise Problem(refusal) from error
             say(f"waiting for another process, which works in {folder}")
-            fcntl.flock(place, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -152,28 +152,33 @@ def in_threads(function, items, title, threads):
 
     An item that raises anything but a Problem or MemoryError, as PIL may, is named and left out.
     """
-    def attempt(item):
+    bar = tqdm(total=len(items), desc=title, unit="img")
+    with ThreadPoolExecutor(threads) as pool, bar:
         try:
-            return [function(item)]
-        except (Problem, MemoryError):
-            raise
-        except Exception as error:
-            say(f"skipped {item}: {str(error) or type(error).__name__}")
-            return []
-
-    with ThreadPoolExecutor(threads) as pool:
-        # a thousand at a time, so that few results wait, and few tasks after an error
-        for some in tqdm((some for start in range(0, len(items), 1000)
-                          for some in pool.map(attempt, items[start:start + 1000])),
-                         title, len(items), unit="img"):
-            yield from some
+            # a thousand at a time, so that few results wait for their turn
+            for start in range(0, len(items), 1000):
+                some = items[start:start + 1000]
+                futures = [pool.submit(function, item) for item in some]
+                for item, future in zip(some, futures, strict=True):
+                    error = future.exception()
+                    if error is None:
+                        yield future.result()
+                    elif isinstance(error, Problem | MemoryError):
+                        raise error
+                    else:
+                        say(f"skipped {item}: {str(error) or type(error).__name__}")
+                    bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
 
 
 # --- images --------------------------------------------------------------------------------------
 def list_files(folder):
     """Paths of all files below a folder but hidden ones, relative to it, sorted."""
-    paths = (f"{place}/{name}"[len(f"{folder}/"):] for place, _, names in os.walk(folder)
-             for name in names)
+    paths = []
+    for parent, _, names in os.walk(folder):
+        inner = parent.removeprefix(f"{folder}").lstrip("/")
+        paths += [os.path.join(inner, name) for name in names]
     return sorted(path for path in paths if not re.match(r"\.|.*/\.", path))
 
 
@@ -257,6 +262,7 @@ class FaceReader:
     def __init__(self, data_path, image_size, batch_size, seed, rank=0, world_size=1, flip=False):
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.rank, self.world_size = rank, world_size
+        self.epoch_at_hand = None  # whose order is kept, since to draw it takes a while
         path = packed(Path(data_path), image_size)
         self.digest = path.stem.split("-")[-1]
         try:
@@ -272,19 +278,26 @@ class FaceReader:
         """Batches per epoch; the last partial batch is dropped."""
         return len(self.images) // self.world_size // self.batch_size
 
-    def epoch(self, epoch, start=0):
-        """Yield the batches of one epoch, uint8 `[batch_size, 3, S, S]`, from number `start` on.
+    def batch(self, epoch, number):
+        """A batch of an epoch by its number, from 0: uint8 `[batch_size, 3, S, S]`.
 
-        All depends on (seed, epoch) alone, so any batch can be reached at once.
+        All depends on (seed, epoch) alone, so that any batch can be reached at once.
         """
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.images))[self.rank::self.world_size]
-        mirrored = self.flip & (rng.random(len(self.images)) < 0.5)
-        for batch in range(start, len(self)):
-            chosen = order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            images = self.images[chosen]
-            images[mirrored[chosen]] = images[mirrored[chosen], ..., ::-1]
-            yield images
+        if self.epoch_at_hand != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.order = rng.permutation(len(self.images))[self.rank::self.world_size]
+            self.mirrored = self.flip & (rng.random(len(self.images)) < 0.5)
+            self.epoch_at_hand = epoch
+        chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
+        images = self.images[chosen]
+        mirrored = self.mirrored[chosen]
+        images[mirrored] = images[mirrored, ..., ::-1]
+        return images
+
+    def epoch(self, epoch, start=0):
+        """Yield the batches of an epoch, from number `start` on."""
+        for number in range(start, len(self)):
+            yield self.batch(epoch, number)
 
     def sample(self, count):
         """Choose images to look at, by the seed alone: uint8 `[N, 3, S, S]`, N ≤ count."""
@@ -299,51 +312,57 @@ def packed(folder, size):
     times, so that a change is noticed and all are packed anew, DIGEST is that of the pixels. Raises
     a Problem if there is no such folder or no image in it, or the file cannot be written.
     """
-    files, state = list_files(folder), hashlib.sha1(usedforsecurity=False)
-    none = Problem(f"{folder} is no folder of images: run `python pretreat.py` on CelebA's photos,"
-                   " or `python pretreat.py --demo`, which needs no download")
+    files = list_files(folder)
     if not files:
-        raise none
+        raise no_images(folder)
+    state = hashlib.sha1(usedforsecurity=False)
     for name in files:
         with contextlib.suppress(FileNotFoundError):  # a broken link
             info = os.stat(f"{folder}/{name}")
             state.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
-    name = f".faces-{size}-{state.hexdigest()[:16]}"
+    prefix = f".faces-{size}-{state.hexdigest()[:16]}"
     with locked(folder):
-        if not list(folder.glob(f"{name}-*.npy")):
+        if not list(folder.glob(f"{prefix}-*.npy")):
             for old in folder.glob(f".*faces-{size}-*"):  # what a kill has left too
                 old.unlink()
-            if not pack(folder, files, size, name):
-                raise none
-        return next(folder.glob(f"{name}-*.npy"))
+            pack(folder, files, size, prefix)
+        return next(folder.glob(f"{prefix}-*.npy"))
 
 
-def pack(folder, files, size, name):
-    """Decode files, in their order, into `NAME-DIGEST.npy`; name those that are no images.
+def no_images(folder):
+    """The Problem of a folder that has no image in it."""
+    return Problem(f"{folder} is no folder of images: run `python pretreat.py` on CelebA's photos,"
+                   " or `python pretreat.py --demo`, which needs no download")
 
-    Returns the number of images; without any, `NAME.npy` is left for the next time to remove.
+
+def pack(folder, files, size, prefix):
+    """Decode files, in their order, into `PREFIX-DIGEST.npy`; name those that are no images.
+
+    Raises a Problem if none is.
     """
-    def decode(file):
-        image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.BILINEAR)
+    def decode(path):
+        image = ImageOps.fit(read_image(path), (size, size), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    def header(count):  # NumPy leaves room in it for any number
+    def write_header(count):  # NumPy leaves room in it for any number
         np.lib.format.write_array_header_1_0(
-            out, {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)})
+            file, {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)})
 
-    count, digest = 0, hashlib.sha1(usedforsecurity=False)
-    with replacing(folder / f"{name}.npy") as out:
-        header(count)
+    count = 0
+    digest = hashlib.sha1(usedforsecurity=False)
+    whole = folder / f"{prefix}.npy"  # gets its final name when the digest is known
+    with replacing(whole) as file:
+        write_header(0)
         paths = [f"{folder}/{name}" for name in files]
         for image in in_threads(decode, paths, f"packing {folder}", THREADS):
-            out.write(image)
+            file.write(image)
             digest.update(image)
             count += 1
-        out.seek(0)
-        header(count)
-    if count:
-        (folder / f"{name}.npy").rename(folder / f"{name}-{digest.hexdigest()}.npy")
-    return count
+        if count == 0:
+            raise no_images(folder)
+        file.seek(0)
+        write_header(count)
+    whole.rename(folder / f"{prefix}-{digest.hexdigest()}.npy")
 
 
 def main():

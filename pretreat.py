@@ -9,6 +9,7 @@
 A run that was stopped goes on where it was. Files that are no photos are named and left out.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -86,27 +87,26 @@ def find_photos(path):
     The function gives a binary file or a path to decode. Raises a Problem if `path` is neither.
     """
     if path.is_dir():
-        photos = [(name, lambda name=name: path / name) for name in dataReader.list_files(path)]
-    elif path.is_file():
-        try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise Problem(f"{path} is neither a folder nor a whole zip: {error}") from error
-        photos = [(name, lambda name=name: archive.open(name))  # the last of one name
-                  for name in dict.fromkeys(archive.namelist())
-                  if not name.endswith("/") and not re.match(r"__MACOSX/|\.|.*/\.", name)]
-    else:
+        return {name: functools.partial(os.path.join, path, name)
+                for name in dataReader.list_files(path)}
+    if not path.is_file():
         raise Problem(f"{path} is not there: download img_align_celeba.zip (Align&Cropped Images)"
                       " from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into this folder, or"
                       " try `python pretreat.py --demo`, which needs no download")
-    return dict(photos)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise Problem(f"{path} is neither a folder nor a whole zip: {error}") from error
+    return {name: functools.partial(archive.open, name)  # of several with one name the last
+            for name in archive.namelist()
+            if not name.endswith("/") and not re.match(r"__MACOSX/|\.|.*/\.", name)}
 
 
 def crop_names(names):
     """Name the crops of photos, `a/1.jpg` → `1.png`; a digest of their paths tells equals apart."""
     def name_of(name):
         stem, digest = Path(name).stem, hashlib.sha1(name.encode(errors="replace")).hexdigest()
-        return f"{stem}-{digest[:10]}.png" if stems[stem] > 1 else f"{stem}.png"
+        return f"{stem}-{digest[:10]}" if stems[stem] > 1 else stem
 
     stems = Counter(Path(name).stem for name in names)
     return [name_of(name) for name in names]
@@ -119,27 +119,31 @@ def crop_all(photos, folder, size, threads, find_faces=False):
     there, and those that cannot be read, are left out. Raises a Problem if the folder holds crops
     of another size or cannot be written, or if no photo gives a crop.
     """
-    def crop(name):
-        image, target = dataReader.read_image(photos[name]()), todo[name]
+    def path_of(name, number):
+        return folder / (f"{name}-face{number}.png" if find_faces else f"{name}.png")
+
+    def crop(photo):
+        image = dataReader.read_image(photos[photo]())
         images = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-        assert images, "no face found"
-        for number, image in reversed(list(enumerate(images, 1))):  # if the first is there, all are
-            own = target.removesuffix(suffix.format(1)) + suffix.format(number)
-            dataReader.save_png(folder / own, image, quick=True)
+        if not images:
+            raise ValueError("no face found")
+        for number in range(len(images), 0, -1):  # the first last: if it is there, all are
+            dataReader.save_png(path_of(names[photo], number), images[number - 1], quick=True)
         return len(images)
 
     there = {entry.name for entry in os.scandir(folder)
              if entry.name.endswith(".png") and entry.stat().st_size > 0}
-    suffix = "-face{}.png" if find_faces else ".png"
-    names = [name.removesuffix(".png") + suffix.format(1) for name in crop_names(photos)]
-    for name in sorted(there.intersection(names))[:1]:
-        with Image.open(folder / name) as found:
+    names = dict(zip(photos, crop_names(photos), strict=True))
+    todo = [photo for photo in photos if path_of(names[photo], 1).name not in there]
+    done = there.intersection(path_of(name, 1).name for name in names.values())
+    if done:
+        with Image.open(folder / min(done)) as found:
             if found.size != (size, size):
                 raise Problem(f"{folder} holds crops of {found.width}×{found.height}, not"
                               f" {size}×{size}: pass another --output, or remove it")
-    todo = {name: target for name, target in zip(photos, names, strict=True) if target not in there}
-    written = list(dataReader.in_threads(crop, list(todo), "cropping", threads))
-    kept, skipped = len(photos) - len(todo), len(todo) - len(written)
+    written = list(dataReader.in_threads(crop, todo, "cropping", threads))
+    kept = len(photos) - len(todo)
+    skipped = len(todo) - len(written)
     print(f"{folder}: {sum(written)} written, {kept} already there, {skipped} skipped;"
           f" {len(list(folder.glob('*.png')))} images in all")  # which train.py would learn from
     if len(photos) == skipped:
@@ -164,10 +168,10 @@ def make_demo_photos(folder, threads):
         face = faces[number % len(faces)][:, ::rng.choice([-1, 1])]
         zoom = 178 / 25 * rng.uniform(1.02, 1.08)
         # from a pixel of the photo to one of the face, each around the middle of its face
-        place = (AffineTransform(translation=rng.uniform(-2, 2, 2) - (88.5, 117))
-                 + AffineTransform(rotation=np.deg2rad(rng.uniform(-2, 2)), scale=1 / zoom)
-                 + AffineTransform(translation=(12, 12)))
-        photo = warp(face, place, output_shape=(218, 178), order=3, mode="edge")
+        to_face = (AffineTransform(translation=rng.uniform(-2, 2, 2) - (88.5, 117))
+                   + AffineTransform(rotation=np.deg2rad(rng.uniform(-2, 2)), scale=1 / zoom)
+                   + AffineTransform(translation=(12, 12)))
+        photo = warp(face, to_face, output_shape=(218, 178), order=3, mode="edge")
         photo = photo ** rng.uniform(0.8, 1.25) * rng.uniform(0.85, 1.1)
         photo = Image.fromarray((photo * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
         with dataReader.replacing(path, sync=False) as file:

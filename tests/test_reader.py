@@ -51,6 +51,20 @@ def test_any_batch_can_be_reached_at_once(folder):
     assert list(reader.epoch(4, start=5)) == []
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_batch_is_reached_by_its_number_alone(folder, flip):
+    reader = FaceReader(folder, 16, 2, seed=3, rank=1, world_size=2, flip=flip)
+    for epoch, number in [(4, 1), (4, 0), (9, 1), (4, 1), (0, 0)]:
+        # what an epoch's order and mirroring are, written out
+        rng = np.random.default_rng([3, epoch])
+        chosen = rng.permutation(10)[1::2][2 * number:2 * number + 2]
+        mirrored = rng.random(10) < 0.5
+        expected = [reader.images[k][:, :, ::-1] if flip and mirrored[k] else reader.images[k]
+                    for k in chosen]
+        np.testing.assert_array_equal(reader.batch(epoch, number), expected)
+        np.testing.assert_array_equal(next(reader.epoch(epoch, number)), expected)
+
+
 def test_flip_mirrors_half_of_the_images_others_in_each_epoch(folder):
     def mirrored(epoch, start=0):
         batches = list(FaceReader(folder, 16, 2, seed=0, flip=True).epoch(epoch, start))
