@@ -5,15 +5,22 @@
 """
 
 import argparse
+import ast
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
+import math
 import os
 import re
 import sys
+import tokenize
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -38,38 +45,142 @@ class Problem(Exception):
     """Something the user can put right; `run_script` prints it as one line, without a traceback."""
 
 
-def command_line(script, **limits):
-    """Turn the settings in a script's `globals()` into flags; return what argparse makes of them.
+class Kind(NamedTuple):
+    """What a setting may be."""
 
-    Every line `name = value  # help` becomes the flag `--name`; a bad value of either ends the
-    process with status 2. `limits` are for a setting the list [least] or [least, below] or the
-    tuple of all values it may take, and so its type, which without them is that of the value.
+    words: str         # for who has set it to something else
+    convert: Callable  # from a value in the file or a flag's text; or raises ValueError, TypeError
+    flag: dict         # what argparse is told about the flag
+
+
+def numeric(kind, least=-math.inf, below=math.inf):
+    """The Kind of numbers, `kind` being int or float, `least` ≤ number < `below`; 4.0 is an int."""
+    def convert(value):
+        exact = float(str(value))  # through its text, since True is no number
+        if not least <= exact < below or kind(exact) != exact:
+            raise ValueError
+        return kind(exact)
+
+    words = "a whole number" if kind is int else "a number"
+    if least > -math.inf:
+        words += f", at least {least}"
+    if below < math.inf:
+        words += f" and less than {below}"
+    return Kind(words, convert, {"metavar": kind.__name__})
+
+
+whole = functools.partial(numeric, int)
+real = functools.partial(numeric, float)
+
+
+def one_of(*choices):
+    """A Kind of a few values, all of them texts or all whole numbers."""
+    any_such = whole() if isinstance(choices[0], int) else TEXT
+
+    def convert(value):
+        return choices[choices.index(any_such.convert(value))]
+
+    return Kind(f"one of {', '.join(map(str, choices))}", convert, any_such.flag)
+
+
+def as_bool(value):
+    if value not in (True, False):  # 0 and 1 are; a text is not, or "False" would be true
+        raise ValueError
+    return bool(value)
+
+
+def as_text(value):
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def as_path(value):
+    path = os.fspath(value)
+    if not path or "\0" in path:
+        raise ValueError
+    return os.path.expanduser(path)  # ~ is the home folder
+
+
+YES_NO = Kind("True or False", as_bool, {"action": argparse.BooleanOptionalAction})
+TEXT = Kind("a text", as_text, {"metavar": "str"})
+PATH = Kind("a path", as_path, {"metavar": "path"})
+
+# --- what the settings above may be, and what --demo stands for ----------------------------------
+ALLOWED = {"data_path": PATH, "image_size": one_of(*SIZES), "seed": whole(0, 2**32),
+           "flip": YES_NO, "output_path": PATH}
+DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output"}
+
+
+def kind_of(value):
+    """The Kind of a setting that ALLOWED does not name, by its value; None if it can be no flag."""
+    for types, kind in (
+            ((bool, np.bool_), YES_NO), (Integral, whole()), (Real, real()), (str, TEXT)):
+        if isinstance(value, types):
+            return kind
+    return None
+
+
+def read_settings(path):
+    """What a script assigns in its section "settings": a dict from name to (line, comment)."""
+    with tokenize.open(path) as file:  # which heeds a line like `# coding: gbk`
+        above, _, below = file.read().partition("\n# --- settings")
+    # with as many lines above it as in the file, so that each keeps its number
+    section = "\n" * above.count("\n") + "\n#" + below.partition("\n# ---")[0]
+    comments = {token.start[0]: token.string.lstrip("# ")
+                for token in tokenize.generate_tokens(io.StringIO(section).readline)
+                if token.type == tokenize.COMMENT}
+    settings = {}
+    for statement in ast.parse(section).body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                settings[node.id] = (node.lineno, comments.get(statement.end_lineno, ""))
+    return settings
+
+
+def command_line(script):
+    """Turn the settings in a script's `globals()` into flags; return them and `demo`, a Namespace.
+
+    Every name that is assigned in its section "settings" becomes a flag, and the comment behind it
+    the help. `ALLOWED` in the script is a dict from name to Kind, for other names the value tells;
+    `DEMO` has the settings that --demo stands for. A value that cannot be meant, in the file or of
+    a flag, ends the process with one line and status 2.
     """
     parser = argparse.ArgumentParser(
         description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--flag value ...]", allow_abbrev=False)
+        usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
-    source = Path(script["__file__"]).read_text(encoding="utf-8")
-    section = source.split("\n# --- settings")[1].split("\n# ---")[0]
-    for name, text in re.findall(r"^([a-z]\w*) = .*?(?:\s#\s*(.*))?$", section, re.MULTILINE):
-        value, kind = script[name], type(limits.get(name, [script[name]])[0])
-        flag = {"type": kind, "metavar": kind.__name__}
-        if kind is bool:
-            flag = {"action": argparse.BooleanOptionalAction}
-        elif kind is list:
-            flag = {"type": int, "metavar": "int", "nargs": "+"}
-        help = text.replace("%", "%%") + f" (default: {value})"
-        parser.add_argument(f"--{name}", default=value, help=help, **flag)
-    options = parser.parse_args()
-    for name, limit in limits.items():
-        value = getattr(options, name)
-        if isinstance(limit, tuple):
-            good, rule = value in limit, f"can be {', '.join(map(str, limit))}"
+    settings = {name: place for name, place in read_settings(script["__file__"]).items()
+                if name in script}
+    kinds = {name: kind_of(script[name]) for name in settings} | script["ALLOWED"]
+    for name, (line, _) in settings.items():
+        if kinds[name] is None or name in ("demo", "help"):
+            say(f"{parser.prog}: line {line}: {name} cannot be a flag, it can only be edited")
+            del kinds[name]
+    for name, kind in kinds.items():
+        _, text = settings.get(name, (0, "not set in the file"))
+        text = f"{text} (default: {script.get(name)})".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=text, **kind.flag)
+    stands_for = " ".join(f"--{name} {value}" for name, value in script["DEMO"].items())
+    parser.add_argument("--demo", action="store_true", default=False,
+                        help=f"{stands_for}; flags beside it count more")
+    given = vars(parser.parse_args())
+
+    options = argparse.Namespace(demo=given.pop("demo"))
+    for name, kind in kinds.items():
+        if name in given:
+            place, value = f"--{name}", given[name]
+        elif options.demo and name in script["DEMO"]:
+            place, value = f"{name} in DEMO", script["DEMO"][name]
+        elif name in settings:
+            place, value = f"line {settings[name][0]}: {name}", script[name]
         else:
-            good = limit[0] <= value < (limit[1:] or [float("inf")])[0]  # nan is not
-            rule = "must be at least " + " and less than ".join(map(str, limit))
-        if not good:
-            parser.error(f"--{name} is {value}, but {rule}")
+            parser.error(f"{name} is not among the settings in the file; it must be {kind.words}")
+        try:
+            setattr(options, name, kind.convert(value))
+        except (TypeError, ValueError):
+            parser.error(f"{place} is {value!r}, but must be {kind.words}")
     return options
 
 
@@ -366,7 +477,7 @@ def pack(folder, files, size, prefix):
 
 
 def main():
-    options = command_line(globals(), image_size=SIZES, seed=[0])
+    options = command_line(globals())
     reader = FaceReader(options.data_path, options.image_size, 1, options.seed, flip=options.flip)
     images = np.concatenate(list(itertools.islice(reader.epoch(0), 100)))  # maybe mirrored
     path = Path(options.output_path) / "training_images.png"

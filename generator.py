@@ -1,6 +1,7 @@
 """Draw faces from a trained generator (tutorial §6).
 
     python generator.py                                # Generate/faces.png, a grid of 100 faces
+    python generator.py --demo                         # those of train.py --demo: demo/Generate
     python generator.py --count 16 --seed 7            # 16 others
     python generator.py --seeds 3,17,40-60             # those faces of the first command by number
     python generator.py --count 1000 --individual      # each in a PNG too: individual/000017.png
@@ -10,7 +11,6 @@
 Face number k of a seed is the same face whatever the count, and on any device up to rounding.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tqdm import tqdm
 import dataReader
 import network
 import weightInit
-from dataReader import Problem, say
+from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole
 
 # --- settings (each is also a flag, e.g. --count 16) ---------------------------------------------
 checkpoint = "Output/generator.safetensors"  # the generator that train.py saved
@@ -34,24 +34,41 @@ compare = ""                                 # folder of real images, to draw be
 output_path = "Generate"                     # where pictures are written
 device = "auto"                              # "gpu", "cpu", or "auto": the GPU if there is one
 
-# -------------------------------------------------------------------------------------------------
+# --- what they may be, and what --demo stands for ------------------------------------------------
+LIMIT = 10**6           # numbers of faces are below: six digits in a file's name
+
+
+def face_numbers(value):
+    """Read numbers of faces: "3,17,40-42", or [3, 17, "40-42"] → [3, 17, 40, 41, 42]."""
+    if value is None:
+        return []
+    if isinstance(value, str) or not np.iterable(value):
+        value = [value]
+    text, number, numbers = ",".join(map(str, value)), whole(0, LIMIT), []
+    for part in text.split(",") if text else []:
+        first, dash, last = part.partition("-")
+        start = number.convert(first)
+        stop = number.convert(last) if dash else start
+        if stop < start:
+            raise ValueError
+        numbers += range(start, stop + 1)
+    return numbers
+
+
+FACES = Kind("numbers of faces below 1,000,000, such as 3,17,40-60", face_numbers,
+             {"metavar": "int", "nargs": "+"})
+ALLOWED = {
+    "checkpoint": PATH, "raw": YES_NO, "count": whole(1, LIMIT + 1),
+    "seeds": FACES, "seed": whole(0, 2**32), "individual": YES_NO,
+    "interpolate": FACES,
+    "compare": Kind("a path", lambda path: PATH.convert(path) if path else None, PATH.flag),
+    "output_path": PATH, "device": one_of("auto", "gpu", "cpu")}
+DEMO = {"checkpoint": "demo/Output/generator.safetensors", "output_path": "demo/Generate"}
+
+# --- pictures ------------------------------------------------------------------------------------
 BATCH = 100             # faces drawn at a time
 GRID_MOST = 32 * 32     # faces in faces.png; more could not be made out
-LIMIT = 10**6           # numbers of faces are below: six digits in a file's name
 FRAMES = 32             # from face to face of an interpolation
-
-
-def parse_numbers(text):
-    """Read numbers of faces: "3,17,40-42" → [3, 17, 40, 41, 42]; a Problem for another text."""
-    numbers = []
-    for part in text.split(","):
-        bounds = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-        first, last = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (1, 0)
-        if first > last:
-            raise Problem(f"--seeds {text}: {part.strip() or 'nothing'} is neither a number below"
-                          f" {LIMIT:,} nor a range like 40-60")
-        numbers += range(first, last + 1)
-    return numbers
 
 
 def between(a, b, steps, noise):
@@ -75,76 +92,91 @@ def enlarge(picture, most):
         (width * factor, height * factor), Image.Resampling.BICUBIC)
 
 
-def draw_grid(draw, numbers, folder, individual):
+def draw_grid(faces_of, numbers, folder, individual):
     """Draw faces.png, and with `individual` each face into `individual/NUMBER.png` too.
 
-    `draw` is a function from numbers of faces to uint8 `[N, 3, S, S]`, `numbers` a list or range.
-    The folder `individual` holds nothing else, for programs that take a folder of faces.
+    `faces_of` is a function from numbers of faces to uint8 `[N, 3, S, S]`, `numbers` a list or
+    range. The folder `individual` holds nothing else, for programs that take a folder of faces.
+    Returns the path of faces.png.
     """
     if len(numbers) > GRID_MOST:
         say(f"faces.png shows the first {GRID_MOST} faces; for all there is --individual")
-        numbers = numbers if individual else numbers[:GRID_MOST]
-    own, shown = folder / "individual", []
+        if not individual:
+            numbers = numbers[:GRID_MOST]
+    own = folder / "individual"
     if individual:
         own.mkdir(exist_ok=True)
+    shown = []
     for start in tqdm(range(0, len(numbers), BATCH), "drawing", unit=f" x {BATCH} img"):
         batch = numbers[start:start + BATCH]
-        faces = draw(batch)
-        shown += list(faces[:max(0, GRID_MOST - start)])
-        for number, face in zip(batch, faces, strict=True) if individual else ():
-            dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
-    dataReader.save_png(folder / "faces.png", enlarge(dataReader.grid(np.stack(shown)), 1400))
-    if individual and (others := len(list(own.glob("*.png"))) - len(set(numbers))):
-        say(f"{own} also holds {others} PNGs of other runs")
+        faces = faces_of(batch)
+        if start < GRID_MOST:
+            shown.append(faces)
+        if individual:
+            for number, face in zip(batch, faces, strict=True):
+                dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
+    picture = dataReader.grid(np.concatenate(shown)[:GRID_MOST])
+    dataReader.save_png(folder / "faces.png", enlarge(picture, 1400))
+    if individual:
+        others = len(list(own.glob("*.png"))) - len(set(numbers))
+        if others:
+            say(f"{own} also holds {others} PNGs of other runs")
+    return folder / "faces.png"
 
 
-def draw_interpolation(draw, legs, folder):
+def draw_interpolation(generator, z, noise, folder):
     """Draw interpolation.gif, an endless way from face to face, and interpolation.png.
 
-    `draw` is a function from latent vectors to faces, `legs` has the latent vectors of each leg,
-    `[FRAMES, z_dim]`; the last leads back, the PNG has a row for each other one.
+    `z` has the latent vectors of the faces, `[N, z_dim]`. The last leg of the way leads back to the
+    first face; the PNG has a row for each other leg. Returns the path of the GIF.
     """
-    legs = [draw(leg) for leg in tqdm(legs, "drawing", unit="leg")]
-    rows = [[*leg[::4], after[0]] for leg, after in zip(legs[:-1], legs[1:], strict=True)]
-    strip = dataReader.grid(np.concatenate(rows), columns=len(rows[0]))
+    legs = []
+    for number in tqdm(range(len(z)), "drawing", unit="leg"):
+        way = between(z[number], z[(number + 1) % len(z)], FRAMES, noise)
+        legs.append(network.draw_faces(generator, way))
+
+    shown = []
+    for leg, next_leg in zip(legs[:-1], legs[1:], strict=True):
+        shown += [*leg[::4], next_leg[0]]
+    strip = dataReader.grid(np.stack(shown), columns=FRAMES // 4 + 1)
     dataReader.save_png(folder / "interpolation.png", enlarge(strip, 1400))
-    dataReader.save_gif(folder / "interpolation.gif", [
-        enlarge(face.transpose(1, 2, 0), 256) for leg in legs for face in leg], 50, 50)
+
+    frames = [enlarge(face.transpose(1, 2, 0), 256) for face in np.concatenate(legs)]
+    dataReader.save_gif(folder / "interpolation.gif", frames, 50, 50)
+    return folder / "interpolation.gif"
 
 
 def main():
-    options = dataReader.command_line(globals(), count=[1, LIMIT + 1], seed=[0, 2**32],
-                                      device=("auto", "gpu", "cpu"))
-    numbers = parse_numbers(options.seeds) if options.seeds else range(options.count)
-    stops = options.interpolate
-    if len(stops) == 1 or any(not 0 <= number < LIMIT for number in stops):
-        raise Problem(f"--interpolate takes two numbers of faces or more, from 0 to {LIMIT - 1:,}")
-    if options.individual and (stops or options.compare):
+    options = dataReader.command_line(globals())
+    if options.individual and (options.interpolate or options.compare):
         raise Problem("--individual goes with the grid of faces, not with another picture")
+    if len(options.interpolate) == 1:
+        raise Problem("--interpolate takes two numbers of faces or more")
     weightInit.use_device(options.device)
     generator, info = network.load_generator(options.checkpoint, options.raw)
     folder = Path(options.output_path)
     folder.mkdir(parents=True, exist_ok=True)
+    numbers, pictures = options.seeds or range(options.count), []
 
-    def latents(numbers):
+    def latents_of(numbers):
         return network.face_latents(options.seed, numbers, info["z_dim"], info["noise"])
 
-    def draw(numbers):
-        return network.draw_faces(generator, latents(numbers))
+    def faces_of(numbers):
+        return network.draw_faces(generator, latents_of(numbers))
 
-    if stops:
-        z = latents(stops)
-        draw_interpolation(lambda z: network.draw_faces(generator, z), [
-            between(a, b, FRAMES, info["noise"])
-            for a, b in zip(z, np.roll(z, -1, axis=0), strict=True)], folder)
-    if options.compare:
-        reader = dataReader.FaceReader(options.compare, info["image_size"], 1, options.seed)
-        faces = draw(numbers[:100])
-        dataReader.save_grids(folder / "real_vs_fake.png",
-                              Real_faces=reader.sample(len(faces)), Generated_faces=faces)
-    if not stops and not options.compare:
-        draw_grid(draw, numbers, folder, options.individual)
-    print(f"drawn by a generator trained for {info['step']} iterations: {folder}")
+    with dataReader.locked(folder):  # two writers of one file would spoil it
+        if options.interpolate:
+            z = latents_of(options.interpolate)
+            pictures.append(draw_interpolation(generator, z, info["noise"], folder))
+        if options.compare:
+            reader = dataReader.FaceReader(options.compare, info["image_size"], 1, options.seed)
+            faces = faces_of(numbers[:100])
+            pictures.append(folder / "real_vs_fake.png")
+            dataReader.save_grids(
+                pictures[-1], Real_faces=reader.sample(len(faces)), Generated_faces=faces)
+        if not pictures:
+            pictures.append(draw_grid(faces_of, numbers, folder, options.individual))
+    print(f"drawn by a generator trained for {info['step']} iterations:", *pictures)
 
 
 if __name__ == "__main__":

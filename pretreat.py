@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 import dataReader
-from dataReader import Problem
+from dataReader import PATH, YES_NO, Problem, one_of, whole
 
 # --- settings (each is also a flag, e.g. --threads 16) -------------------------------------------
 input = "img_align_celeba"      # photos: a folder, or CelebA's zip
@@ -29,7 +29,11 @@ output = "imgs"                 # the folder of crops that train.py reads
 image_size = 64                 # height and width of a crop, pixels
 threads = dataReader.THREADS    # photos worked on at a time: one per core, but 8 at most
 find_faces = False              # find all faces, and cut each out as CelebA frames it
-demo = False                    # make stand-in photos in demo/photos/, crop them to demo/imgs/
+
+# --- what they may be, and what --demo stands for, which also makes the photos in demo/photos/ ---
+ALLOWED = {"input": PATH, "output": PATH, "image_size": one_of(*dataReader.SIZES),
+           "threads": whole(1), "find_faces": YES_NO}
+DEMO = {"input": "demo/photos", "output": "demo/imgs"}
 
 # --- the crops -----------------------------------------------------------------------------------
 def crop_face(photo, size):
@@ -183,13 +187,13 @@ def make_demo_photos(folder, threads):
 
 
 def main():
-    options = dataReader.command_line(globals(), image_size=dataReader.SIZES, threads=[1])
+    options = dataReader.command_line(globals())
     source, target = Path(options.input), Path(options.output)
     if options.demo:
-        source, target = Path("demo/photos"), Path("demo", options.output)
-        source.mkdir(parents=True, exist_ok=True)
-        with dataReader.locked(source):
-            make_demo_photos(source, options.threads)
+        demo_photos = Path(DEMO["input"])
+        demo_photos.mkdir(parents=True, exist_ok=True)
+        with dataReader.locked(demo_photos):
+            make_demo_photos(demo_photos, options.threads)
     elif not source.exists() and Path(f"{source}.zip").exists():
         source = Path(f"{source}.zip")
     if source.resolve() in [target.resolve(), *target.resolve().parents]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import dataReader
 import network
 import weightInit
-from dataReader import Problem, say
+from dataReader import PATH, YES_NO, Problem, one_of, real, say, whole
 from weightInit import paddle
 
 dist, F = paddle.distributed, paddle.nn.functional
@@ -65,6 +65,21 @@ log_every = 10           # iterations between updates of the bar and of losses.c
 sample_every = 500       # iterations between grids of faces; there is one at the end too
 save_minutes = 5.0       # between checkpoints; what came after the last one is lost in a kill
 restart = False          # move an earlier run in output_path aside instead of going on with it
+
+# --- what they may be, and what --demo stands for ------------------------------------------------
+ALLOWED = {
+    "data_path": PATH, "image_size": one_of(*dataReader.SIZES),
+    "z_dim": whole(1), "width": whole(1), "noise": one_of(*network.NOISES),
+    "epochs": whole(1), "batch_size": whole(1),
+    "learning_rate": real(1e-8, 1),  # float32 weights do not feel less
+    "beta1": real(0, 1), "beta2": real(0, 1),
+    "d_steps": whole(1), "g_steps": whole(1),
+    "augment": YES_NO, "flip": YES_NO, "seed": whole(0, 2**32),
+    "ema_decay": real(0, 1), "amp": YES_NO, "device": one_of("auto", "gpu", "cpu"),
+    "deterministic": YES_NO, "output_path": PATH, "log_every": whole(1),
+    "sample_every": whole(1), "save_minutes": real(0), "restart": YES_NO}
+DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output", "width": 16, "batch_size": 16,
+        "learning_rate": 0.0005, "epochs": 17, "sample_every": 100}
 
 # --- the algorithm -------------------------------------------------------------------------------
 def descend(loss, net, optimizer, scaler):
@@ -208,7 +223,7 @@ def begin(options):
 ALGORITHM = 1  # raise it when you change what an iteration computes, and older runs are refused
 BEFORE = {"algorithm": 1, "processes": 1, "augment": False, "flip": False}  # unnamed in old runs
 # What may differ when a run goes on: none of it changes an iteration.
-FREE = {"data_path", "epochs", "device", "deterministic", "output_path", "log_every",
+FREE = {"data_path", "demo", "epochs", "device", "deterministic", "output_path", "log_every",
         "sample_every", "save_minutes", "restart"}
 WAYS = "pass another --output_path, or --restart to move the old run aside"
 DIVERGED = f"the last checkpoint is kept. What usually helps: half the --learning_rate; {WAYS}"
@@ -480,11 +495,7 @@ def train(options):
 
 
 def main():
-    train(dataReader.command_line(
-        globals(), image_size=dataReader.SIZES, z_dim=[1], width=[1], noise=tuple(network.NOISES),
-        epochs=[1], batch_size=[1], learning_rate=[0.0, 1.0], beta1=[0.0, 1.0], beta2=[0.0, 1.0],
-        d_steps=[1], g_steps=[1], seed=[0, 2**32], ema_decay=[0.0, 1.0],
-        device=("auto", "gpu", "cpu"), log_every=[1], sample_every=[1], save_minutes=[0.0]))
+    train(dataReader.command_line(globals()))
 
 
 if __name__ == "__main__":

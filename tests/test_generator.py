@@ -5,7 +5,7 @@ import pytest
 from conftest import complaint, run
 from PIL import Image
 
-from generator import FRAMES, between
+from generator import FRAMES, between, face_numbers
 
 
 def pixels(path):
@@ -139,11 +139,25 @@ def test_what_is_no_generator_is_one_clear_line(tmp_path, what):
 def test_bad_settings_are_one_line(trained, tmp_path):
     checkpoint = trained / "Output" / "generator.safetensors"
     assert "count" in complaint(tmp_path, "generator.py", "--count", 0, status=2)
-    for flags in ["--interpolate", 3], ["--interpolate", 3, -1], ["--seeds", "5-3"], [
-            "--seeds", "3,,4"], ["--seeds", "1000000"], ["--compare", "nowhere"], [
-            "--individual", "--compare", "imgs"]:
+    for flags in ["--interpolate", 3], ["--individual", "--compare", "imgs"], [
+            "--compare", "nowhere"]:
         line = complaint(tmp_path, "generator.py", "--checkpoint", checkpoint, *flags)
         assert (flags[0] if flags[1] != "nowhere" else "nowhere") in line
     (tmp_path / "file").write_text("a file")
     assert "file" in complaint(
         tmp_path, "generator.py", "--checkpoint", checkpoint, "--output_path", "file")
+
+
+@pytest.mark.parametrize(("value", "numbers"), [
+    ("3,17,40-42", [3, 17, 40, 41, 42]), ("104, 0-1", [104, 0, 1]), (17, [17]), (17.0, [17]),
+    ([1, 2.0, "5-6"], [1, 2, 5, 6]), (np.array([3, 4]), [3, 4]), (range(2), [0, 1]), ("", []),
+    ([], []), (None, []), ("999999", [999999])])
+def test_numbers_of_faces_are_texts_or_lists(value, numbers):
+    assert face_numbers(value) == numbers
+
+
+@pytest.mark.parametrize(
+    "value", ["5-3", "3,,4", "1000000", "-1", "a", "1.5", True, [None], [[1, 2]], "1-", "nan"])
+def test_what_is_no_number_of_a_face_is_refused(value):
+    with pytest.raises(ValueError):  # noqa: PT011
+        face_numbers(value)

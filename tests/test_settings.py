@@ -1,0 +1,166 @@
+"""The settings at the top of a script, as people edit them, and its flags."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import dataReader
+from dataReader import PATH, YES_NO, command_line, one_of, real, whole
+
+SCRIPT = '''"""Does 100 % of something.
+
+    python some.py
+"""
+
+from pathlib import Path  # what is imported or assigned here is no setting
+above = 1
+
+# --- settings (each is also a flag) --------------------------------------------------------------
+# networks
+{}
+
+# --- what they may be ----------------------------------------------------------------------------
+below = 2
+'''
+KINDS = {
+    "width": whole(1), "rate": real(1e-8, 1), "flip": YES_NO, "size": one_of(32, 64),
+    "noise": one_of("normal", "uniform"), "folder": PATH}
+USUAL = """width = 64  # channels
+rate = 0.5
+flip = False
+size = 64
+noise = "normal"
+folder = "x"
+"""
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """A function from the text of the settings (USUAL with changes) and flags to the options."""
+    def options(settings, *flags, demo=None, encoding="utf-8"):
+        path = tmp_path / "some.py"
+        path.write_text(settings if "coding" in settings else SCRIPT.format(settings), encoding)
+        script = {"__file__": str(path), "np": np}
+        exec(compile(path.read_bytes(), path, "exec"), script)
+        script |= {"ALLOWED": KINDS, "DEMO": demo or {}}
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
+        return command_line(script)
+    return options
+
+
+def with_line(name, line):
+    """The usual settings with another line for one of them."""
+    lines = USUAL.splitlines()
+    return "\n".join(line if usual.startswith(f"{name} =") else usual for usual in lines)
+
+
+@pytest.mark.parametrize(("name", "line", "value"), [
+    ("width", "width=16", 16), ("width", "width  = 16", 16), ("width", "width: int = 16", 16),
+    ("width", "width = 16; other = 3", 16), ("width", "width, other = 16, 3", 16),
+    ("width", "width = other = 16", 16), ("width", "width = 32 / 2", 16),
+    ("width", "width = (\n    16)", 16), ("width", "width = 64\nwidth = 16", 16),
+    ("width", "width = 16.0", 16), ("width", "width = np.int64(16)", 16),
+    ("width", "width = np.float32(16)", 16), ("width", "width = np.array(16)", 16),
+    ("width", "if True:\n    width = 16", 16), ("width", "width = 15\nwidth += 1", 16),
+    ("rate", "rate = np.float32(0.1)", 0.1), ("rate", "rate=1e-3", 0.001),
+    ("flip", "flip = 1", True), ("flip", "flip = np.bool_(True)", True),
+    ("size", "size = 32.0", 32), ("noise", "noise='uniform'", "uniform"),
+    ("folder", "folder = Path('a') / 'b'", "a/b"), ("folder", "folder = 'a # b'  # c", "a # b")])
+def test_setting_means_what_people_mean_by_it(options, name, line, value):
+    found = vars(options(with_line(name, line)))[name]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(("name", "line", "words"), [
+    ("width", "width = 0", ["line 11", "0", "whole number, at least 1"]),
+    ("width", "width = None", ["line 11", "None", "whole number"]),
+    ("width", "width = 2.6", ["line 11", "2.6", "whole number"]),
+    ("width", "width = True", ["line 11", "True", "whole number"]),
+    ("width", "width = [16]", ["line 11", "[16]", "whole number"]),
+    ("width", "width = float('inf')", ["line 11", "inf", "whole number"]),
+    ("width", "# width = 64", ["whole number, at least 1"]),
+    ("width", "width: int", ["whole number, at least 1"]),
+    ("rate", "rate = 0", ["line 12", "at least 1e-08 and less than 1"]),
+    ("rate", "rate = 1e-300", ["line 12", "at least 1e-08"]),
+    ("rate", "rate = 1", ["line 12", "less than 1"]),
+    ("rate", "rate = float('nan')", ["line 12", "nan", "number"]),
+    ("flip", "flip = 'no'", ["line 13", "'no'", "True or False"]),
+    ("flip", "flip = 'False'", ["line 13", "'False'", "True or False"]),
+    ("flip", "flip = None", ["line 13", "None", "True or False"]),
+    ("size", "size = 48", ["line 14", "48", "one of 32, 64"]),
+    ("noise", "noise = 1", ["line 15", "1", "one of normal, uniform"]),
+    ("folder", "folder = None", ["line 16", "None", "a path"]),
+    ("folder", "folder = ''", ["line 16", "''", "a path"])])
+def test_what_cannot_be_meant_is_one_line(options, capsys, name, line, words):
+    with pytest.raises(SystemExit) as error:
+        options(with_line(name, line))
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("some.py: ")
+    assert all(word in printed for word in [name, *words]), printed
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--width", "0"], ["--width", "0", "at least 1"]), (["--width", "2.6"], ["--width", "2.6"]),
+    (["--width", "many"], ["--width", "many"]), (["--rate", "nan"], ["--rate", "nan"]),
+    (["--rate", "0"], ["--rate", "at least 1e-08"]), (["--size", "48"], ["--size", "32, 64"]),
+    (["--noise", "odd"], ["--noise", "normal, uniform"]), (["--folder", ""], ["--folder", "path"]),
+    (["--flip", "no"], ["no"]), (["--above", "3"], ["--above"]), (["--below", "3"], ["--below"]),
+    (["--widt", "3"], ["--widt"])])
+def test_flags_follow_the_same_rules(options, capsys, flags, words):
+    with pytest.raises(SystemExit) as error:
+        options(USUAL, *flags)
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert all(word in printed for word in words), printed
+
+
+def test_flag_counts_more_than_the_file(options):
+    found = options(with_line("width", "width = None"), "--width", "16.0", "--flip", "--rate=1e-4",
+                    "--folder", "~/photos")
+    assert (found.width, found.flip, found.rate, found.noise) == (16, True, 0.0001, "normal")
+    assert found.folder == dataReader.os.path.expanduser("~/photos") != "~/photos"
+
+
+def test_demo_counts_more_than_the_file_and_less_than_flags(options, capsys):
+    demo = {"width": 8, "folder": "demo/imgs"}
+    assert vars(options(USUAL, demo=demo)) == {
+        "width": 64, "rate": 0.5, "flip": False, "size": 64, "noise": "normal", "folder": "x",
+        "demo": False}
+    found = options(USUAL, "--width", "4", "--demo", demo=demo)
+    assert (found.demo, found.width, found.folder, found.rate) == (True, 4, "demo/imgs", 0.5)
+    with pytest.raises(SystemExit) as error:
+        options(USUAL, "--help", demo=demo)
+    assert error.value.code == 0
+    assert "--width 8 --folder demo/imgs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_new_names_get_flags_by_their_values(options, capsys):
+    new = "\nyes = True\nsteps = np.int64(3)  # how many\nshare = 0.5\nname = 'a'\npair = 1, 2"
+    found = options(USUAL + new, "--no-yes", "--steps", "4", "--share", "1", "--name", "b")
+    assert (found.yes, found.steps, found.share, found.name) == (False, 4, 1.0, "b")
+    assert not hasattr(found, "pair")
+    printed = capsys.readouterr().err
+    assert printed == "some.py: line 22: pair cannot be a flag, it can only be edited\n"
+
+
+def test_help_has_the_comments_and_values(options, capsys):
+    text = with_line("width", "width = (64 +\n    1)  # 50 % of 130 # channels")
+    with pytest.raises(SystemExit):
+        options(text, "--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Does 100 % of something." in printed
+    assert "--width int 50 % of 130 # channels (default: 65)" in printed
+    assert "--flip, --no-flip (default: False)" in printed
+
+
+def test_comments_may_be_in_gbk(options, capsys):
+    text = "# coding: gbk\n" + SCRIPT.format(with_line("width", "width=16  # 通道"))
+    assert options(text, encoding="gbk").width == 16
+    with pytest.raises(SystemExit):
+        options(text, "--help", encoding="gbk")
+    assert "通道" in capsys.readouterr().out
