@@ -76,7 +76,7 @@ def channels_by_layer(image_size, width):
 def conv(channels_in, channels_out):
     """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`."""
     return Conv2D(channels_in, channels_out, 4, stride=2, padding=1,
-                  weight_attr=weight_initializer, bias_attr=False)
+                  weight_attr=weight_initializer(), bias_attr=False)
 
 
 def deconv(channels_in, channels_out, stride=2, padding=1):
@@ -85,7 +85,7 @@ def deconv(channels_in, channels_out, stride=2, padding=1):
     With stride 1 and padding 0 it makes the first 4×4 image of a single pixel.
     """
     return Conv2DTranspose(channels_in, channels_out, 4, stride=stride, padding=padding,
-                           weight_attr=weight_initializer, bias_attr=False)
+                           weight_attr=weight_initializer(), bias_attr=False)
 
 
 MOMENTUM = 0.5  # running = 0.5·running + 0.5·batch (§3.5, §3.6)
@@ -93,12 +93,12 @@ MOMENTUM = 0.5  # running = 0.5·running + 0.5·batch (§3.5, §3.6)
 
 def bn(channels):
     """Batch normalization of `[N, C, S, S]`."""
-    return nn.BatchNorm2D(channels, momentum=MOMENTUM, weight_attr=bn_initializer)
+    return nn.BatchNorm2D(channels, momentum=MOMENTUM, weight_attr=bn_initializer())
 
 
 def fc(features_in, features_out):
     """Fully connected layer: `[N, features_in]` → `[N, features_out]`."""
-    return nn.Linear(features_in, features_out, weight_attr=weight_initializer)
+    return nn.Linear(features_in, features_out, weight_attr=weight_initializer())
 
 
 class Flatten(nn.Layer):

@@ -1,9 +1,7 @@
-"""Weights: how they begin (tutorial §3.3; Radford et al. 2015, §4), and how they are kept.
+"""Weights: how they begin (tutorial §3.3), and how they are kept; here Paddle is loaded too.
 
-They are normal with standard deviation 0.02, around 0 in (transposed) convolutional and fully
-connected layers, around 1 for the scale of batch normalization; shifts and biases start at 0. They
-are kept in safetensors files, which hold data and nothing that could be run. This is also where
-Paddle is loaded, for all scripts: `from weightInit import paddle`.
+`from weightInit import paddle` is what all scripts do. Weights are kept in safetensors files, which
+hold data and nothing that could be run.
 """
 
 import contextlib
@@ -12,7 +10,9 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import warnings
+from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
@@ -20,6 +20,18 @@ import safetensors.numpy
 from dataReader import Problem, paddle_error_text, replacing, say
 
 
+# --- how weights begin (tutorial §3.3; Radford et al. 2015, §4); shifts and biases start at 0 -----
+def weight_initializer():
+    """N(0, 0.02), for (transposed) convolutional and fully connected layers."""
+    return paddle.nn.initializer.Normal(mean=0.0, std=0.02)
+
+
+def bn_initializer():
+    """N(1, 0.02), for the scale of batch normalization."""
+    return paddle.nn.initializer.Normal(mean=1.0, std=0.02)
+
+
+# --- loading Paddle ------------------------------------------------------------------------------
 def load_paddle():
     """Set what Paddle reads as it loads, except what the user has set; load and return it."""
     env = os.environ  # untold, Paddle uses one thread, and its launcher sets one for each process
@@ -38,35 +50,40 @@ def load_paddle():
 
 
 paddle = load_paddle()
-
-weight_initializer = paddle.nn.initializer.Normal(mean=0.0, std=0.02)
-bn_initializer = paddle.nn.initializer.Normal(mean=1.0, std=0.02)
+F = paddle.nn.functional
 
 
+# --- files of weights ----------------------------------------------------------------------------
 def write_tensors(path, tensors, info):
     """Save arrays by name and `info`, a dict for JSON with a "kind", as one safetensors file."""
     facts = json.dumps(info, sort_keys=True)
     # safetensors takes the memory as it lies, so it must lie in order
     tensors = {name: np.require(value, requirements="C") for name, value in tensors.items()}
     # One entry: safetensors writes several in no fixed order.
-    metadata = {"dcgan": json.dumps({"sha256": checksum(tensors, facts), "info": facts})}
+    entry = json.dumps({"sha256": checksum(tensors, facts), "info": facts})
     with replacing(path) as file:
-        file.write(safetensors.numpy.save(tensors, metadata))
+        file.write(safetensors.numpy.save(tensors, {"dcgan": entry}))
 
 
 def read_tensors(path, kind):
     """Read (tensors, info) from a file of `write_tensors`; a Problem if it is not a whole one."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {})["dcgan"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        info = json.loads(metadata["info"])
-        assert info["kind"] == kind
-        assert checksum(tensors, metadata["info"]) == metadata["sha256"]
+        open(path, "rb").close()  # safetensors says "No such file" whatever the reason
+    except FileNotFoundError as error:
+        command = f"python train.py --output_path {shlex.quote(str(Path(path).parent))}"
+        raise Problem(f"there is no {path}; this makes it: {command}") from error
     except OSError as error:
-        raise Problem(f"cannot read {path} ({error}): `python train.py` makes it") from error
-    except Exception as error:  # a stranger's file can be wrong in any way
-        raise Problem(f"{path} is not a {kind} that train.py saved, or is damaged") from error
+        raise Problem(f"cannot read {path}: {error.strerror}") from error
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            entry = json.loads(file.metadata()["dcgan"])
+        info = json.loads(entry["info"])
+        is_good = info["kind"] == kind and checksum(tensors, entry["info"]) == entry["sha256"]
+    except Exception:  # a stranger's file can be wrong in any way
+        is_good = False
+    if not is_good:
+        raise Problem(f"{path} is not a {kind} that train.py saved, or is damaged")
     return tensors, info
 
 
@@ -81,16 +98,16 @@ def checksum(tensors, facts):
 
 def check_shapes(tensors, shapes, path):
     """Raise a Problem that names `path`, unless arrays are float32 and have just these shapes."""
-    if ({name: (list(value.shape), str(value.dtype)) for name, value in tensors.items()}
-            != {name: (list(shape), "float32") for name, shape in shapes.items()}):
-        raise Problem(f"{path} holds weights of another network")
+    wrong = tensors.keys() ^ shapes.keys()
+    for name in tensors.keys() & shapes.keys():
+        if tensors[name].shape != tuple(shapes[name]) or tensors[name].dtype != np.float32:
+            wrong.add(name)
+    if wrong:
+        raise Problem(f"{path} holds weights of another network, e.g. in {min(wrong)}")
 
 
 # --- the device ----------------------------------------------------------------------------------
 CARDS = [61, 70, 75, 80, 86]  # compute capabilities that PyPI's Paddle 2.6.2 has kernels for
-
-
-F = paddle.nn.functional
 
 
 def use_device(name):
@@ -98,35 +115,49 @@ def use_device(name):
 
     Raises a Problem if there is no GPU for "gpu", or one that this Paddle cannot use.
     """
-    missing = fault = None
-    try:
-        if name == "cpu":
-            missing = "not asked for"
-        elif not paddle.is_compiled_with_cuda():
-            missing = f"Paddle {paddle.__version__} as installed here is the build without GPU"
-        elif paddle.device.cuda.device_count() == 0:
-            missing = "Paddle finds no GPU or no driver"
-        else:
-            paddle.set_device("gpu")
-            major, minor = paddle.device.cuda.get_device_capability()
-            # Paddle 3 knows its own. A card runs those of its major number up to its own minor.
-            cards = getattr(paddle.version, "cuda_archs", lambda: CARDS)() or [10 * major]
-            if not any(major == card // 10 and minor >= card % 10 for card in cards):
-                fault = f"it has no kernels for compute capability {major}.{minor}, only {cards}"
-            # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
-            elif float(F.conv2d(*[paddle.ones([1, 1, 4, 4])] * 2).sum() + 1) != 17:
-                fault = "it computes wrong numbers on this card"
-    except Exception as error:  # a missing library, a driver too old, ...
-        fault = paddle_error_text(error)
-    if fault:
-        raise Problem(f"there is a GPU, but Paddle {paddle.__version__} cannot use it: {fault}."
-                      " README has a table of what to install for which card; or pass --device cpu")
-    if missing and name == "gpu":
-        raise Problem(f"--device gpu: {missing}; README has a table of what to install")
-    if missing:
+    if name == "cpu":
         paddle.set_device("cpu")
-        if name == "auto":
-            say(f"using the CPU: {missing}")
+        return
+    absence = None
+    try:
+        if not paddle.is_compiled_with_cuda():
+            absence = f"Paddle {paddle.__version__} as installed here is the build without GPU"
+        elif paddle.device.cuda.device_count() == 0:
+            absence = "Paddle finds no GPU or no driver"
+        else:
+            try_gpu()
+    except Exception as error:  # of `try_gpu`, or Paddle's: a driver too old, no memory, ...
+        raise Problem(
+            f"there is a GPU, but Paddle {paddle.__version__} cannot use it:"
+            f" {paddle_error_text(error)}. README has a table of what to install for which card;"
+            " or pass --device cpu") from error
+    if absence and name == "gpu":
+        raise Problem(f"--device gpu: {absence}; README has a table of what to install")
+    if absence:
+        say(f"using the CPU: {absence}")
+        paddle.set_device("cpu")
+
+
+def try_gpu():
+    """Have Paddle compute on the GPU; raise a Problem, or Paddle's own error, if it cannot."""
+    major, minor = paddle.device.cuda.get_device_capability()
+    # Paddle 3 knows its own. A card runs those of its major number up to its own minor.
+    cards = getattr(paddle.version, "cuda_archs", lambda: CARDS)() or [10 * major]
+    if not any(major == card // 10 and minor >= card % 10 for card in cards):
+        raise Problem(f"it has no kernels for compute capability {major}.{minor}, only {cards}")
+    paddle.set_device("gpu")
+    # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
+    ones = paddle.ones([1, 1, 4, 4])
+    if float(F.conv2d(ones, ones).sum() + 1) != 17:
+        raise Problem("it computes wrong numbers on this card")
+
+
+def device_name():
+    """The device in use, e.g. "NVIDIA A100 (compute capability 8.0)" or "CPU, 2 threads"."""
+    if paddle.get_device() == "cpu":
+        return f"CPU, OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
+    major, minor = paddle.device.cuda.get_device_capability()
+    return f"{paddle.device.cuda.get_device_name()} (compute capability {major}.{minor})"
 
 
 def amp_type(wanted):

@@ -6,6 +6,7 @@ import sys
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -35,6 +36,7 @@ def card(monkeypatch):
     monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: card.built)
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: card.count)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: card.capability)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda: "NVIDIA A10")
     monkeypatch.setattr(paddle, "set_device", lambda name: setattr(card, "on", name))
     monkeypatch.setattr(paddle, "get_device", lambda: card.on)
     monkeypatch.setattr(paddle.version, "cuda_archs", lambda: weightInit.CARDS, raising=False)
@@ -114,6 +116,46 @@ def test_paddle_that_does_not_tell_its_kernels_is_tried(card, monkeypatch):
     monkeypatch.delattr(paddle.version, "cuda_archs")  # as in 2.6, which has those of CARDS
     with pytest.raises(Problem, match="capability 12.0"):
         weightInit.use_device("gpu")
+
+
+def test_device_is_named(card):
+    assert weightInit.device_name() == f"CPU, OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
+    weightInit.use_device("auto")
+    assert weightInit.device_name() == "NVIDIA A10 (compute capability 8.6)"
+
+
+def test_file_that_cannot_be_read_is_told_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a folder").mkdir()
+    with pytest.raises(Problem, match="^there is no a folder/net; .*--output_path 'a folder'$"):
+        weightInit.read_tensors("a folder/net", "generator")
+    with pytest.raises(Problem, match="^cannot read a folder: Is a directory$"):
+        weightInit.read_tensors(tmp_path.relative_to(tmp_path) / "a folder", "generator")
+
+
+def test_files_are_checked_without_asserts_too(tmp_path):
+    """With python -O there are none: weightInit is run as it is compiled then."""
+    source = (ROOT / "weightInit.py").read_text()
+    optimized = {"__name__": "optimized"}
+    exec(compile(source, "weightInit.py", "exec", optimize=1), optimized)
+    optimized["write_tensors"](tmp_path / "net", {"a": np.zeros(3, "float32")}, {"kind": "net"})
+    read = optimized["read_tensors"]
+    assert read(tmp_path / "net", "net")[1] == {"kind": "net"}
+    data = (tmp_path / "net").read_bytes()
+    (tmp_path / "net").write_bytes(data[:-1] + b"\1")
+    for kind in "net", "generator":
+        with pytest.raises(Problem, match=f"is not a {kind} that train.py saved, or is damaged"):
+            read(tmp_path / "net", kind)
+        (tmp_path / "net").write_bytes(data)  # whole, but of another kind
+
+
+@pytest.mark.parametrize("tensors", [
+    {"a": np.zeros([2, 3], "float32")}, {"b": np.zeros(2, "float32")}, {}, {"a": np.zeros(2)},
+    {"a": np.zeros(2, "float32"), "b": np.zeros(1, "float32")}])
+def test_weights_of_another_network_are_refused(tensors):
+    weightInit.check_shapes({"a": np.zeros(2, "float32")}, {"a": [2]}, "net")
+    with pytest.raises(Problem, match="^net holds weights of another network"):
+        weightInit.check_shapes(tensors, {"a": [2]}, "net")
 
 
 def test_type_of_mixed_precision_is_the_cards(card, capsys):
