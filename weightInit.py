@@ -9,8 +9,12 @@ import ctypes
 import hashlib
 import io
 import json
+import logging
 import os
 import shlex
+import signal
+import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -32,8 +36,43 @@ def bn_initializer():
 
 
 # --- loading Paddle ------------------------------------------------------------------------------
+def ignore_stale_launcher():
+    """Remove variables of a launcher that is not there, by which Paddle would wait for others."""
+    launcher = "PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM", "PADDLE_CURRENT_ENDPOINT"  # it sets all
+    found = [name for name in launcher if name in os.environ]
+    if 0 < len(found) < len(launcher):
+        say(f"ignoring {' and '.join(found)}: Paddle's launcher would have set more than that")
+        for name in found:
+            del os.environ[name]
+
+
+def import_paddle():
+    """Import Paddle; put back what that changes: sys.argv, signal handlers, warnings, logging.
+
+    sys.argv becomes [""] if the script's path cannot be decoded, and SIGTERM gets a handler that
+    can hang. Meanwhile Ctrl-C ends the process at once: Paddle turns it into other errors.
+    """
+    argv = sys.argv
+    log = logging.getLogger()
+    log_level, log_handlers = log.level, log.handlers[:]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    may_set = threading.current_thread() is threading.main_thread()
+    if may_set and handlers[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Paddle 2.6 crashes zlib if it is loaded before PIL, which dataReader has loaded.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # of ccache, threads
+        import paddle
+    sys.argv = argv
+    log.setLevel(log_level)
+    log.handlers[:] = log_handlers
+    for number in handlers if may_set else ():
+        signal.signal(number, handlers[number])
+    return paddle
+
+
 def load_paddle():
     """Set what Paddle reads as it loads, except what the user has set; load and return it."""
+    ignore_stale_launcher()
     env = os.environ  # untold, Paddle uses one thread, and its launcher sets one for each process
     env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
@@ -42,9 +81,7 @@ def load_paddle():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
         ctypes.CDLL(None).mallopt(-4, 0)
     env.setdefault("GLOG_minloglevel", "2")  # or it warns that a CPU has no cuDNN
-    # Paddle 2.6 crashes zlib if it is loaded before PIL, which dataReader has loaded.
-    with contextlib.redirect_stderr(io.StringIO()):  # it warns of threads, and of ccache
-        import paddle
+    paddle = import_paddle()
     warnings.filterwarnings("ignore", "When training, we now always track global mean")
     return paddle
 

@@ -1,8 +1,10 @@
 """What is done on a GPU, with a stand-in for the card: tests must pass where there is none."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -122,6 +124,60 @@ def test_device_is_named(card):
     assert weightInit.device_name() == f"CPU, OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
     weightInit.use_device("auto")
     assert weightInit.device_name() == "NVIDIA A10 (compute capability 8.6)"
+
+
+@pytest.mark.parametrize(("found", "left"), [
+    ({"PADDLE_TRAINER_ID": "1"}, {}), ({"PADDLE_TRAINERS_NUM": "2"}, {}), ({}, {}),
+    *[(dict.fromkeys(("PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM", "PADDLE_CURRENT_ENDPOINT"),
+                     "1"),) * 2]])
+def test_variables_of_a_launcher_count_together_only(monkeypatch, capsys, found, left):
+    for name in "PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM", "PADDLE_CURRENT_ENDPOINT":
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    weightInit.ignore_stale_launcher()
+    assert {name: os.environ[name] for name in found if name in os.environ} == left
+    assert capsys.readouterr().err.count("\n") == (found != left)
+
+
+def test_loading_paddle_leaves_the_process_as_it_was(tmp_path):
+    """The script's path cannot be decoded, and a launcher has left one of its variables behind."""
+    (tmp_path / "probe.py").write_text("""
+import dataReader, logging, signal, sys, warnings
+
+def facts():
+    status = open("/proc/self/status").read()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return (sys.argv, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+            caught >> (signal.SIGTERM - 1) & 1, caught >> (signal.SIGINT - 1) & 1,
+            logging.root.level, logging.root.handlers,
+            [rule for rule in warnings.filters if "global mean" not in str(rule[1])])
+
+before = str(facts())
+import weightInit
+assert str(facts()) == before, (before, facts())
+print(sys.argv[1:], weightInit.paddle.distributed.get_rank())""")
+    folder = os.fsencode(tmp_path) + b"/\xd6\xd0"  # a name in GBK
+    os.rename(tmp_path / "probe.py", folder + b".py")
+    done = subprocess.run(
+        [sys.executable, folder + b".py", "--count", "3"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PADDLE_TRAINER_ID": "1"})
+    assert done.stdout == "['--count', '3'] 0\n", done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "ignoring PADDLE_TRAINER_ID" in done.stderr
+
+
+def test_ctrl_c_while_paddle_loads_ends_without_a_word(tmp_path):
+    loading = subprocess.Popen(
+        [sys.executable, "-c", "import dataReader; print('now', flush=True); import weightInit"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert loading.stdout.readline() == "now\n"
+    time.sleep(0.4)
+    loading.send_signal(signal.SIGINT)
+    _, err = loading.communicate(timeout=60)
+    assert loading.returncode in (-signal.SIGINT, 130)
+    assert err == ""
 
 
 def test_file_that_cannot_be_read_is_told_as_it_is(tmp_path, monkeypatch):
