@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,33 @@ def ignore_stale_launcher():
             del os.environ[name]
 
 
+def loads(library):
+    """Whether a shared library, a name or a path, can be loaded."""
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    return True
+
+
+def link_cuda_libraries():
+    """Put links to pip's cuDNN and cuBLAS into paddle/libs, where Paddle 2.6 looks for libcudnn.so.
+
+    pip's is nvidia/cudnn/lib/libcudnn.so.8. If no link can be made, `use_device` says what helps.
+    """
+    try:
+        package = metadata.distribution("paddlepaddle-gpu")
+    except metadata.PackageNotFoundError:
+        return
+    if not package.version.startswith("2.6") or not loads("libcuda.so.1"):  # the driver
+        return
+    libs = Path(package.locate_file("paddle/libs"))
+    for library in Path(package.locate_file("nvidia")).glob("*/lib/*.so.*"):
+        for name in library.name, library.name.split(".so")[0] + ".so":
+            with contextlib.suppress(OSError):  # it is there, or the folder cannot be written
+                (libs / name).symlink_to(library)
+
+
 def import_paddle():
     """Import Paddle; put back what that changes: sys.argv, signal handlers, warnings, logging.
 
@@ -73,6 +101,7 @@ def import_paddle():
 def load_paddle():
     """Set what Paddle reads as it loads, except what the user has set; load and return it."""
     ignore_stale_launcher()
+    link_cuda_libraries()
     env = os.environ  # untold, Paddle uses one thread, and its launcher sets one for each process
     env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
@@ -145,6 +174,10 @@ def check_shapes(tensors, shapes, path):
 
 # --- the device ----------------------------------------------------------------------------------
 CARDS = [61, 70, 75, 80, 86]  # compute capabilities that PyPI's Paddle 2.6.2 has kernels for
+# Paddle 2.6 dies without a word where one of these is missing; the texts say what helps.
+CUDNN = "python -m pip install nvidia-cudnn-cu11==8.9.6.50, or set LD_LIBRARY_PATH to its folder"
+NEEDED = {"libcuda.so": "make it a link to libcuda.so.1, which is there, in the same folder",
+          "libcudnn.so": CUDNN, "libcublas.so": CUDNN}
 
 
 def use_device(name):
@@ -182,6 +215,12 @@ def try_gpu():
     cards = getattr(paddle.version, "cuda_archs", lambda: CARDS)() or [10 * major]
     if not any(major == card // 10 and minor >= card % 10 for card in cards):
         raise Problem(f"it has no kernels for compute capability {major}.{minor}, only {cards}")
+    own = Path(paddle.__file__).parent / "libs"
+    if paddle.__version__.startswith("2.6"):
+        for library, remedy in NEEDED.items():
+            places = own / library, library, f"/usr/local/cuda/lib64/{library}"
+            if not any(map(loads, places)):
+                raise Problem(f"it finds no {library}: {remedy}")
     paddle.set_device("gpu")
     # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
     ones = paddle.ones([1, 1, 4, 4])

@@ -28,7 +28,8 @@ NO_CUDNN = RuntimeError(
 @pytest.fixture
 def card(monkeypatch):
     """Stands in for a card: what Paddle tells of it can be set; `on` is the device in use."""
-    card = SimpleNamespace(built=True, count=1, capability=(8, 6), kernel=16.0, on="cpu")
+    card = SimpleNamespace(built=True, count=1, capability=(8, 6), kernel=16.0, on="cpu",
+                           libraries={"libcuda.so", "libcudnn.so", "libcublas.so"})
 
     def conv2d(*_):
         if isinstance(card.kernel, Exception):
@@ -39,6 +40,7 @@ def card(monkeypatch):
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: card.count)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: card.capability)
     monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda: "NVIDIA A10")
+    monkeypatch.setattr(weightInit, "loads", lambda library: library in card.libraries)
     monkeypatch.setattr(paddle, "set_device", lambda name: setattr(card, "on", name))
     monkeypatch.setattr(paddle, "get_device", lambda: card.on)
     monkeypatch.setattr(paddle.version, "cuda_archs", lambda: weightInit.CARDS, raising=False)
@@ -120,10 +122,65 @@ def test_paddle_that_does_not_tell_its_kernels_is_tried(card, monkeypatch):
         weightInit.use_device("gpu")
 
 
+@pytest.mark.parametrize(("library", "remedy"), [
+    ("libcuda.so", "a link to libcuda.so.1"), ("libcublas.so", "nvidia-cudnn-cu11==8.9.6.50"),
+    ("libcudnn.so", "pip install nvidia-cudnn-cu11==8.9.6.50, or set LD_LIBRARY_PATH")])
+def test_library_without_which_paddle_2_6_dies_is_named(card, monkeypatch, library, remedy):
+    card.libraries.remove(library)
+    monkeypatch.setattr(paddle, "__version__", "3.3.1")  # brings its own, of other names
+    weightInit.use_device("gpu")
+    card.on = "cpu"
+    monkeypatch.setattr(paddle, "__version__", "2.6.2")
+    with pytest.raises(Problem, match=f"finds no {library}: .*{remedy}.*README.*--device cpu"):
+        weightInit.use_device("auto")
+    assert card.on == "cpu"  # nothing was tried
+    card.capability = (9, 0)
+    with pytest.raises(Problem, match=r"capability 9\.0"):  # else they would be installed in vain
+        weightInit.use_device("auto")
+
+
 def test_device_is_named(card):
     assert weightInit.device_name() == f"CPU, OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
     weightInit.use_device("auto")
     assert weightInit.device_name() == "NVIDIA A10 (compute capability 8.6)"
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Stands in for what pip installs beside Paddle 2.6, and a driver; `site` is its folder."""
+    packages = SimpleNamespace(site=tmp_path, version="2.6.2", driver=True)
+    for path in ("cudnn/lib/libcudnn.so.8", "cublas/lib/libcublasLt.so.11", "cublas/__init__.py",
+                 "cuda_nvrtc/lib/libnvrtc-builtins.so.11.8", "cudnn/lib/__init__.py"):
+        (tmp_path / "nvidia" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "nvidia" / path).write_text(path)
+    (tmp_path / "paddle" / "libs").mkdir(parents=True)
+    packages.locate_file = tmp_path.joinpath
+    monkeypatch.setattr(weightInit.metadata, "distribution", lambda name: packages)
+    monkeypatch.setattr(weightInit, "loads", lambda name: packages.driver)
+    return packages
+
+
+def test_pips_cudnn_is_linked_where_paddle_2_6_looks(packages):
+    libs = packages.site / "paddle" / "libs"
+    (libs / "libcudnn.so").write_text("of another's making")
+    for _ in range(2):
+        weightInit.link_cuda_libraries()
+    assert {path.name: path.read_text() for path in libs.iterdir()} == {
+        "libcudnn.so": "of another's making", "libcudnn.so.8": "cudnn/lib/libcudnn.so.8",
+        "libcublasLt.so": "cublas/lib/libcublasLt.so.11",
+        "libcublasLt.so.11": "cublas/lib/libcublasLt.so.11",
+        "libnvrtc-builtins.so": "cuda_nvrtc/lib/libnvrtc-builtins.so.11.8",
+        "libnvrtc-builtins.so.11.8": "cuda_nvrtc/lib/libnvrtc-builtins.so.11.8"}
+
+
+@pytest.mark.parametrize("facts", [{"version": "3.3.0"}, {"driver": False}, {"gone": True}])
+def test_nothing_is_linked_in_vain_nor_a_folder_missed(packages, facts):
+    vars(packages).update(facts)
+    libs = packages.site / "paddle" / "libs"
+    if "gone" in facts:  # as good as a folder that may not be written, even for root
+        libs.rmdir()
+    weightInit.link_cuda_libraries()
+    assert not libs.exists() or not list(libs.iterdir())
 
 
 @pytest.mark.parametrize(("found", "left"), [
