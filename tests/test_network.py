@@ -106,7 +106,7 @@ def test_paddle_without_onednn_uses_its_own_layers(broken, monkeypatch):
     expected = G(z).numpy()
     monkeypatch.setattr("network.ONEDNN", True)
     monkeypatch.delattr(network.core, broken)
-    network.operators.cache_clear()
+    network.onednn_operator.cache_clear()
     np.testing.assert_array_equal(G(z).numpy(), expected)
 
 
@@ -117,12 +117,54 @@ def test_wrong_numbers_of_onednn_are_not_used(monkeypatch):
 
 def test_nothing_of_onednn_runs_on_a_gpu(monkeypatch):
     images = SimpleNamespace(place=SimpleNamespace(is_cpu_place=lambda: False))
-    for name in "onednn_works", "run_onednn", "operators":
+    for name in "onednn_works", "run_onednn", "Convolution":
         monkeypatch.delattr(f"network.{name}")
-    for kind, layer in (paddle.nn.Conv2D, network.Conv(3, 4)), (
-            paddle.nn.Conv2DTranspose, network.Deconv(3, 4)):
+    for kind, layer in (paddle.nn.Conv2D, network.conv(3, 4)), (
+            paddle.nn.Conv2DTranspose, network.deconv(3, 4)):
         monkeypatch.setattr(kind, "forward", lambda self, images: "Paddle's own")
         assert layer(images) == "Paddle's own"
+
+
+def test_onednns_results_are_apart_and_no_memory_is_held():
+    """One operator serves all calls of a layer's shape, with batches of any size between them."""
+    paddle.seed(0)
+    G, D = Generator(7, 32, 8), Discriminator(32, 8)
+    batches = [paddle.randn([count, 7]) for count in (3, 5, 3, 1)]
+    of_g, of_d = G.layers[0][0].weight, D.layers[0].weight
+
+    def gradients(z):
+        loss(D(G(z)), 1).backward()
+        found = of_g.grad.numpy(), of_d.grad.numpy()
+        G.clear_gradients()
+        D.clear_gradients()
+        return found
+
+    alone = [gradients(z) for z in batches]
+    images = [G(z) for z in batches]  # all graphs are there before the first gradient
+    logits = [D(batch) for batch in images]
+    kept = [(one.numpy().copy(), other.numpy().copy())
+            for one, other in zip(images, logits, strict=True)]
+    for number in 2, 0, 3, 1:
+        loss(logits[number], 1).backward()
+        for weight, expected in zip((of_g, of_d), alone[number], strict=True):
+            np.testing.assert_array_equal(weight.grad.numpy(), expected)
+        G.clear_gradients()
+        D.clear_gradients()
+    for found, expected in zip(zip(images, logits, strict=True), kept, strict=True):
+        np.testing.assert_array_equal(found[0].numpy(), expected[0])
+        np.testing.assert_array_equal(found[1].numpy(), expected[1])
+    operator = network.onednn_operator("outputs", (8, 3, 4, 4), 2, 1)
+    for tensor in operator.images, operator.kernels, operator.blocked, operator.ordered:
+        assert not tensor._is_initialized()
+
+
+def test_second_gradient_by_onednn_is_refused():
+    """It would be left out without a word."""
+    D, images = Discriminator(32, 8), paddle.randn([2, 3, 32, 32])
+    images.stop_gradient = False
+    score = margin(D(images)).sum()
+    with pytest.raises(Exception, match="set network.ONEDNN = False"):
+        paddle.grad(score, [images, D.layers[0].weight], create_graph=True)
 
 
 def test_gradient_penalty_is_possible(monkeypatch):
@@ -248,15 +290,16 @@ def test_generator_comes_back_from_its_file_alone(tmp_path):
     assert (tmp_path / "g").read_bytes() == (tmp_path / "h").read_bytes()
 
 
-def test_augment_does_to_each_image_what_its_draws_say():
+def test_augment_does_to_each_image_what_its_numbers_say():
     """Against the definition, image by image and pixel by pixel (Zhao et al. 2020)."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, [6, 3, 32, 32]).astype(np.float32)
-    draws = rng.random([6, 7], dtype=np.float32)
-    draws[0, 3:5], draws[1, 3:5] = 0, 1 - 2**-20  # the farthest shifts
-    found = augment(paddle.to_tensor(images), paddle.to_tensor(draws)).numpy()
+    numbers = rng.random([6, 7], dtype=np.float32)
+    numbers[0, 3:5] = 0  # the farthest shifts
+    numbers[1, 3:5] = 1 - 2**-20
+    found = augment(paddle.to_tensor(images), paddle.to_tensor(numbers)).numpy()
     for image, (light, color, contrast, down, right, y, x), result in zip(
-            images, draws, found, strict=True):
+            images, numbers, found, strict=True):
         image = image + light - 0.5
         image = image.mean(0) + 2 * color * (image - image.mean(0))
         image = image.mean() + (contrast + 0.5) * (image - image.mean())
@@ -275,14 +318,28 @@ def test_augment_does_to_each_image_what_its_draws_say():
 def test_gradient_flows_through_augment():
     images = paddle.rand([2, 3, 32, 32])
     images.stop_gradient = False
-    draws = paddle.to_tensor(np.array([[0.7, 0.4, 0.8, 0.2, 0.9, 0.1, 0.6]] * 2, np.float32))
+    numbers = paddle.to_tensor(np.array([[0.7, 0.4, 0.8, 0.2, 0.9, 0.1, 0.6]] * 2, np.float32))
     weight = paddle.randn(images.shape)
-    (augment(images, draws) * weight).sum().backward()
+    (augment(images, numbers) * weight).sum().backward()
     step = paddle.randn(images.shape)
     # it is linear in the images but for the brightness, so this is exact up to rounding
-    change = augment(images + step, draws) - augment(images, draws)
+    change = augment(images + step, numbers) - augment(images, numbers)
     assert float((images.grad * step).sum()) == pytest.approx(float((change * weight).sum()), 1e-3)
     assert augment(images, None) is images
+
+
+def test_no_product_of_augment_is_broadcast(monkeypatch):
+    """On a GPU Paddle multiplies the matrices of such a product one by one: 4,608 launches."""
+    shapes = []
+    product = paddle.Tensor.__matmul__
+
+    def multiply(one, other):
+        shapes.append((list(one.shape[:-2]), list(other.shape[:-2])))
+        return product(one, other)
+
+    monkeypatch.setattr(paddle.Tensor, "__matmul__", multiply)
+    augment(paddle.zeros([5, 3, 32, 32]), paddle.zeros([5, 7]))
+    assert shapes == [([5, 3], [5, 3])] * 2
 
 
 def test_average_of_weights_moves_by_its_decay():
@@ -302,6 +359,22 @@ def test_average_of_weights_moves_by_its_decay():
             np.testing.assert_array_equal(copied.numpy(), value.numpy())
 
 
+def test_averages_weights_are_parts_of_one_vector_and_stay_it(tmp_path):
+    """Restoring a checkpoint sets them one by one, `set_state_dict` all at once."""
+    averaged, G = Generator(7, 32, 4), Generator(7, 32, 4)
+    average_weights(averaged, G, 0)
+    for value in averaged.parameters():
+        value.set_value(2 * value.numpy())
+    np.testing.assert_array_equal(averaged.vector[:8].numpy(), 2 * G.parameters()[0].flatten()[:8])
+    averaged.set_state_dict(
+        {name: paddle.to_tensor(value.numpy()) for name, value in G.state_dict().items()})
+    before = {name: value.numpy().copy() for name, value in averaged.state_dict().items()}
+    average_weights(averaged, Generator(7, 32, 4), 0.5)
+    for name, value in averaged.named_parameters():
+        if name.endswith("weight"):
+            assert (value.numpy() != before[name]).any(), name
+
+
 def test_estimated_statistics_are_means_over_all_batches():
     G = Generator(7, 32, 4)
     estimate_statistics(G, "normal")
@@ -315,7 +388,36 @@ def test_estimated_statistics_are_means_over_all_batches():
             [expected(batch, axis=(0, 2, 3)) for batch in images], axis=0), rtol=1e-3, atol=1e-7)
 
 
-def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
+def test_file_without_raw_weights_and_in_float16(tmp_path):
+    G, z = Generator(7, 32, 8), np.zeros([4, 7], np.float32)
+    estimate_statistics(G, "normal")
+    save_generator(tmp_path / "whole", G, None, "normal", 12)
+    save_generator(tmp_path / "half", G, None, "normal", 12, half=True)
+    expected = draw_faces(G, z)
+    np.testing.assert_array_equal(draw_faces(load_generator(tmp_path / "whole")[0], z), expected)
+    half, _ = load_generator(tmp_path / "half")
+    assert {value.dtype for value in half.state_dict().values()} == {paddle.float32}
+    assert np.abs(draw_faces(half, z).astype(int) - expected).max() <= 1
+    assert (tmp_path / "half").stat().st_size < 0.6 * (tmp_path / "whole").stat().st_size
+    for name in "whole", "half":
+        with pytest.raises(Problem, match="averaged weights alone: draw without --raw") as error:
+            load_generator(tmp_path / name, raw=True)
+        assert "\n" not in str(error.value)
+    tensors, info = read_tensors(tmp_path / "half", "generator")
+    tensors["layers.0.1.bias"] = tensors["layers.0.1.bias"].astype("float32")
+    write_tensors(tmp_path / "mixed", tensors, info)
+    with pytest.raises(Problem, match="another network"):
+        load_generator(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_shapes_of_a_generator_are_known_before_it_is_built(size, monkeypatch):
+    built = {name: value.shape for name, value in Generator(7, size, 3).state_dict().items()}
+    monkeypatch.delattr(network, "Generator")
+    assert network.generator_shapes(7, size, 3) == built
+
+
+def test_foreign_and_damaged_files_are_one_clear_line(tmp_path, monkeypatch):
     def message(data):
         (tmp_path / "file").write_bytes(data)
         with pytest.raises(Problem) as error:
@@ -334,12 +436,27 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path):
     assert "is not a generator" in message((tmp_path / "c").read_bytes())
     tensors, info = read_tensors(tmp_path / "g", "generator")
     for change in ({"width": 16}, {"z_dim": 8}, {"z_dim": "many"}, {"image_size": 48},
-                   {"z_dim": 10**10}, {"noise": "cauchy"}, {"step": None}, {"width": -1}):
+                   {"z_dim": 10**10}, {"noise": "cauchy"}, {"noise": [1]}, {"step": None},
+                   {"step": -1}, {"width": -1}, {"width": 8.0}, {"width": 10**100}):
         write_tensors(tmp_path / "other", tensors, {**info, **change})
         assert "another network" in message((tmp_path / "other").read_bytes())
     for change in {"layers.3.bias": np.zeros(3)}, {"layers.1.0.weight": np.zeros([2, 2])}, {
             "layers.3.weight": tensors["layers.3.weight"].astype(np.float64)}:
         write_tensors(tmp_path / "other", {**tensors, **change}, info)
+        assert "another network" in message((tmp_path / "other").read_bytes())
+    for name, value, words in (
+            ("layers.3.weight", np.nan, "layers.3.weight is not finite"),
+            ("layers.0.1.bias", np.inf, "layers.0.1.bias is not finite"),
+            ("layers.1.1._variance", -1e-9, "layers.1.1._variance, a variance, is negative")):
+        spoiled = tensors[name].copy()
+        spoiled.flat[-1] = value
+        write_tensors(tmp_path / "other", {**tensors, name: spoiled}, info)
+        assert words in message((tmp_path / "other").read_bytes())
+    first = {"layers.0.0.weight": np.zeros([1, 4096, 4, 4], np.float32)}  # all that is as claimed
+    write_tensors(tmp_path / "other", {**tensors, **first},
+                  {**info, "z_dim": 1, "image_size": 64, "width": 512})
+    with monkeypatch.context() as patch:
+        patch.delattr(network, "Generator")  # nothing is built
         assert "another network" in message((tmp_path / "other").read_bytes())
     for metadata in "3", "[" * 100_000, '{"sha256": 1, "info": 3}', '{"sha256": "", "info": "[]"}':
         foreign = safetensors.numpy.save({"weight": np.zeros(3)}, {"dcgan": metadata})
