@@ -187,6 +187,7 @@ def command_line(script):
 def run_script(main):
     """Call a script's `main`; a Problem or an OSError becomes one line on stderr and status 1."""
     name = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any file's name can be printed
     try:
         main()
     except Problem as problem:
@@ -214,6 +215,11 @@ def say(line):
     tqdm.write(line, file=sys.stderr)
 
 
+def printable(text):
+    """A text with what could confuse a terminal, as an escape sequence in a name, written out."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text))
+
+
 @contextlib.contextmanager
 def locked(folder, refusal=None):
     """Keep other processes out of a folder meanwhile, by the kernel's lock on the folder itself.
@@ -231,6 +237,9 @@ def locked(folder, refusal=None):
                 raise Problem(refusal) from error
             say(f"waiting for another process, which works in {folder}")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            say(f"{folder} cannot be locked ({error.strerror}): start no second process that"
+                " writes there")
         yield
     finally:
         os.close(descriptor)
@@ -277,7 +286,7 @@ def in_threads(function, items, title, threads):
                     elif isinstance(error, Problem | MemoryError):
                         raise error
                     else:
-                        say(f"skipped {item}: {str(error) or type(error).__name__}")
+                        say(printable(f"skipped {item}: {str(error) or type(error).__name__}"))
                     bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
@@ -285,12 +294,28 @@ def in_threads(function, items, title, threads):
 
 # --- images --------------------------------------------------------------------------------------
 def list_files(folder):
-    """Paths of all files below a folder but hidden ones, relative to it, sorted."""
+    """Paths of all files below a folder but hidden ones, relative to it, sorted.
+
+    Linked folders are not looked into; those that cannot be read are named.
+    """
     paths = []
-    for parent, _, names in os.walk(folder):
-        inner = parent.removeprefix(f"{folder}").lstrip("/")
-        paths += [os.path.join(inner, name) for name in names]
-    return sorted(path for path in paths if not re.match(r"\.|.*/\.", path))
+    inner_folders = [""]
+    while inner_folders:  # os.walk calls itself, and gives up a thousand folders deep
+        inner = inner_folders.pop()
+        try:
+            for entry in os.scandir(os.path.join(folder, inner)):
+                path = os.path.join(inner, entry.name)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    inner_folders.append(path)
+                elif not (entry.is_symlink() and os.path.isdir(entry)):
+                    paths.append(path)
+        except OSError as error:
+            if not inner:
+                raise
+            say(f"skipped the folder {printable(inner)}: {error.strerror}")
+    return sorted(paths)
 
 
 def read_image(source):
@@ -423,21 +448,30 @@ def packed(folder, size):
     times, so that a change is noticed and all are packed anew, DIGEST is that of the pixels. Raises
     a Problem if there is no such folder or no image in it, or the file cannot be written.
     """
-    files = list_files(folder)
-    if not files:
+    if not folder.is_dir():
         raise no_images(folder)
-    state = hashlib.sha1(usedforsecurity=False)
-    for name in files:
-        with contextlib.suppress(FileNotFoundError):  # a broken link
-            info = os.stat(f"{folder}/{name}")
-            state.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode(errors="replace"))
-    prefix = f".faces-{size}-{state.hexdigest()[:16]}"
-    with locked(folder):
+    with locked(folder):  # before the files are listed: pretreat.py may be writing more
+        files = list_files(folder)
+        if not files:
+            raise no_images(folder)
+        state = hashlib.sha1(usedforsecurity=False)
+        for name in files:
+            with contextlib.suppress(OSError):  # it will be named when it is read
+                info = os.stat(f"{folder}/{name}")
+                state.update(os.fsencode(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0"))
+        prefix = f".faces-{size}-{state.hexdigest()[:16]}"
         if not list(folder.glob(f"{prefix}-*.npy")):
-            for old in folder.glob(f".*faces-{size}-*"):  # what a kill has left too
-                old.unlink()
+            remove_packed(folder, size)
             pack(folder, files, size, prefix)
         return next(folder.glob(f"{prefix}-*.npy"))
+
+
+def remove_packed(folder, size):
+    """Remove a folder's packed files of one size, those that a kill left half written too."""
+    ours = re.compile(rf"(\.\.|\.)faces-{size}-[0-9a-f]{{16}}(-[0-9a-f]+)?\.npy(\.tmp)?")
+    for entry in list(os.scandir(folder)):
+        if ours.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            os.unlink(entry)
 
 
 def no_images(folder):
@@ -476,8 +510,16 @@ def pack(folder, files, size, prefix):
     whole.rename(folder / f"{prefix}-{digest.hexdigest()}.npy")
 
 
+def check_outside(folder, data):
+    """Raise a Problem if a folder to write to lies in one whose images are read, or is it."""
+    if Path(data).resolve() in [Path(folder).resolve(), *Path(folder).resolve().parents]:
+        raise Problem(f"{folder} lies in {data}: write elsewhere, or what is written would be read"
+                      " as an image the next time")
+
+
 def main():
     options = command_line(globals())
+    check_outside(options.output_path, options.data_path)
     reader = FaceReader(options.data_path, options.image_size, 1, options.seed, flip=options.flip)
     images = np.concatenate(list(itertools.islice(reader.epoch(0), 100)))  # maybe mirrored
     path = Path(options.output_path) / "training_images.png"

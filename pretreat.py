@@ -196,9 +196,7 @@ def main():
             make_demo_photos(demo_photos, options.threads)
     elif not source.exists() and Path(f"{source}.zip").exists():
         source = Path(f"{source}.zip")
-    if source.resolve() in [target.resolve(), *target.resolve().parents]:
-        raise Problem(f"{target} lies in {source}: pass an --output elsewhere, or the crops would"
-                      " be cropped again the next time")
+    dataReader.check_outside(target, source)
     photos = find_photos(source)
     target.mkdir(parents=True, exist_ok=True)
     with dataReader.locked(target):  # two writers of one file would spoil it

@@ -1,13 +1,16 @@
 """dataReader.py: every image once an epoch, in an order that can be reached anywhere at once."""
 
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import complaint, photo, run, start
 from PIL import Image
 
-from dataReader import FaceReader, Problem, grid, replacing
+from dataReader import FaceReader, Problem, check_outside, grid, list_files, locked, replacing
 
 
 @pytest.fixture
@@ -110,11 +113,18 @@ def test_packed_file_is_used_again_and_noticed_when_stale(folder):
     assert len(packs()) == 2
     assert first.items() <= packs().items()
 
-    (folder / ".faces-16-before.npy.tmp").touch()  # as a kill leaves them
-    (folder / "..faces-16-before.npy.tmp").touch()
+    kill_leaves = ".faces-16-0123456789abcdef.npy", "..faces-16-0123456789abcdef.npy.tmp"
+    users_own = [".my-faces-16-notes", ".faces-16-of-mine.npy", ".faces-16-0123456789abcdef-a.npy"]
+    for name in kill_leaves + tuple(users_own[:2]):
+        (folder / name).touch()
+    (folder / users_own[2]).mkdir()
     photo(16, 16, 200).save(folder / "3.png")  # changed
     assert sorted(marks(FaceReader(folder, 16, 10, seed=0).epoch(1))) == [
         0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    for name in users_own:  # are left alone
+        assert (folder / name).exists()
+    (folder / users_own[1]).unlink()
+    (folder / users_own[2]).rmdir()
     assert len(packs()) == 2
     assert not list(folder.glob(".*.tmp"))
     (folder / "3.png").unlink()  # removed
@@ -267,6 +277,92 @@ def test_links_in_the_folder(folder, tmp_path, capsys):
     (folder / "linked.png").symlink_to(tmp_path / "other" / "10.png")
     assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
     assert "skipped" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named(folder, tmp_path, capsys):
+    (folder / "self.png").symlink_to("self.png")
+    deep = folder
+    for _ in range(1200):  # deeper than Python calls itself
+        deep = deep / "d"
+        deep.mkdir()
+    photo(16, 16, 200).save(deep / "deep.png")
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
+    printed = capsys.readouterr().err
+    assert f"skipped {folder}/self.png: [Errno 40] Too many levels of symbolic links" in printed
+    (deep / "deep.png").unlink()
+    while deep != folder:  # shutil.rmtree gives up at this depth
+        deep.rmdir()
+        deep = deep.parent
+
+
+def test_folders_that_cannot_be_read_are_named(folder, monkeypatch, capsys):
+    def scandir(path, real=os.scandir):  # root may look into any folder, so no mode forbids it
+        if str(path).rstrip("/").endswith("more"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    (folder / "more").rename(folder / "\033[31mmore")
+    monkeypatch.setattr("os.scandir", scandir)
+    assert list_files(folder) == [f"{number}.png" for number in range(7)]
+    assert r"skipped the folder \x1b[31mmore: Permission denied" in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        list_files(folder / "\033[31mmore")
+
+
+def test_files_that_may_not_be_looked_at_are_named_and_the_others_read(
+        folder, monkeypatch, capsys):
+    def stat(path, *flags, real=os.stat, **more):  # as in a folder of mode 444
+        if "more/" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *flags, **more)
+
+    monkeypatch.setattr("os.stat", stat)
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 7
+    assert f"skipped {folder}/more/7.png: Permission denied" in capsys.readouterr().err
+
+
+def test_images_that_come_while_it_waits_for_the_lock_are_packed_too(folder):
+    with locked(folder):
+        process = start(folder.parent, "dataReader.py")
+        wait_for_line(process.stderr, "waiting for another process")
+        photo(16, 16, 200).save(folder / "10.png")
+    assert "11 of 11 images" in process.communicate(timeout=60)[0]
+
+
+def wait_for_line(file, text):
+    for line in file:
+        if text in line:
+            return
+    pytest.fail(f"no line with {text}")
+
+
+def test_file_system_without_locks_is_used_and_named(folder, monkeypatch, capsys):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 10
+    assert "cannot be locked (No locks available): start no second" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["imgs", "imgs/more/out", "linked/out"])
+def test_output_among_the_images_is_refused(folder, output, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    Path("linked").symlink_to("imgs")
+    with pytest.raises(Problem, match=f"{output} lies in imgs: "):
+        check_outside(output, "imgs")
+    check_outside("imgs2", "imgs")
+    assert "lies in" in complaint(folder.parent, "dataReader.py", "--output_path", output)
+
+
+def test_names_in_any_encoding_are_read_and_printed(tmp_path):
+    folder = tmp_path / os.fsdecode("照片".encode() + "人".encode("gbk"))
+    folder.mkdir()
+    for number in range(2):  # two names that are one where bytes that are not UTF-8 become "?"
+        photo(16, 16, 20 * number).save(folder / os.fsdecode(bytes([200 + number]) + b".png"))
+    printed = run(tmp_path, "dataReader.py", "--data_path", folder, "--output_path", folder.name
+                  + "out", env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert r"2 of 2 images in \u7167" in printed
 
 
 def test_missing_folder_is_one_line_that_says_how_to_get_data(tmp_path):
