@@ -14,8 +14,13 @@ import itertools
 import math
 import os
 import re
+import resource
+import stat
 import sys
+import threading
 import tokenize
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral, Real
@@ -23,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 if sys.platform != "linux":
@@ -267,29 +272,51 @@ def replacing(path, sync=True):
         temporary.unlink(missing_ok=True)
 
 
-def in_threads(function, items, title, threads):
+def in_threads(function, items, title, threads, reasons=None):
     """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar.
 
-    An item that raises anything but a Problem or MemoryError, as PIL may, is named and left out.
+    An item that raises anything but a Problem or MemoryError, as PIL may, is named and left out;
+    `reasons`, a Counter, counts why. Warnings are printed with the item.
     """
+    at_work = threading.local()
+
+    def attempt(item):
+        at_work.item = item
+        return function(item)
+
+    def show_warning(message, *_):
+        say(printable(f"{getattr(at_work, 'item', title)}: {message}"))
+
     bar = tqdm(total=len(items), desc=title, unit="img")
-    with ThreadPoolExecutor(threads) as pool, bar:
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, bar:
+        warnings.showwarning = show_warning
         try:
             # a thousand at a time, so that few results wait for their turn
             for start in range(0, len(items), 1000):
                 some = items[start:start + 1000]
-                futures = [pool.submit(function, item) for item in some]
+                futures = [pool.submit(attempt, item) for item in some]
                 for item, future in zip(some, futures, strict=True):
                     error = future.exception()
                     if error is None:
                         yield future.result()
-                    elif isinstance(error, Problem | MemoryError):
+                    elif isinstance(error, Problem):
                         raise error
+                    elif isinstance(error, MemoryError):
+                        raise Problem(f"memory ran out at {item}: end other programs") from error
                     else:
-                        say(printable(f"skipped {item}: {str(error) or type(error).__name__}"))
+                        reason = getattr(error, "strerror", None) or str(error)
+                        say(printable(f"skipped {item}: {reason or type(error).__name__}"))
+                        if reasons is not None:  # counted without what differs
+                            reasons[re.split(r" \(| '| for file|: ", reason)[0]] += 1
                     bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
+
+
+def none_could_be_used(reasons):
+    """What to say of files that were all left out, by the Counter that `in_threads` has filled."""
+    counted = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
+    return f"no file could be used, of {sum(reasons.values())}: {counted}"
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -318,21 +345,150 @@ def list_files(folder):
     return sorted(paths)
 
 
-def read_image(source):
-    """Decode any image, a path or binary file, as an upright 8-bit RGB `PIL.Image.Image`.
+# What cameras, phones, scanners, the web and games make. Pillow knows more: PostScript, for which
+# it starts Ghostscript, which runs it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "HEIF", "AVIF", "JPEG2000", "PPM",
+           "PSD", "DDS", "QOI", "ICO", "PCX", "TGA")
+LARGE = 2**25  # pixels of an image that is decoded while no other large one is
+one_large_image = threading.Lock()
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # by EXIF orientation
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+Image.MAX_IMAGE_PIXELS = None  # `most_pixels` is the limit
+# Bytes of a PNG's texts, or of its colour profile: image generators keep much there.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-    EXIF rotation is undone, transparency shows white, 16-bit levels are scaled to 8 bits. A file
-    that is no image, truncated or damaged makes PIL raise almost anything.
+
+@functools.cache
+def formats():
+    """Those of FORMATS that this Pillow can open, HEIF if pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@functools.cache
+def most_pixels():
+    """Of the largest image that is decoded; with 16 bytes each they fill half of the memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]  # -1: none
+    for name in "memory.max", "memory/memory.limit_in_bytes":  # a container's
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    memory = min([memory, *(limit for limit in limits if limit > 0)])
+    return min(memory // 32, 2**29)  # Pillow's rows cannot be longer
+
+
+def read_image(source):
+    """Decode any image of FORMATS, a path or binary file, as an upright RGB `PIL.Image.Image`.
+
+    EXIF rotation is undone, colours are converted to sRGB, transparency shows white, other levels
+    are scaled to 8 bits (`to_8_bits`). An image of more than `most_pixels`, and what is none,
+    truncated or damaged, raise almost any exception, with the reason as text.
     """
-    with Image.open(source) as image:
-        image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
+    if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("not a regular file")
+    try:
+        image = Image.open(source, formats=formats())
+    except UnidentifiedImageError as error:
+        raise ValueError(unidentified(source)) from error
+    with image:
+        pixels = image.width * image.height
+        if pixels > most_pixels():
+            raise ValueError(f"its {image.width}×{image.height} pixels are too many for this"
+                             f" computer's memory ({most_pixels() // 10**6} megapixels at most)")
+        hidden = image.info.get("transparency")
+        if isinstance(hidden, tuple) and "RGB;16B" in str(image.tile):
+            # a colour of 16 bits, but Pillow keeps 8 of the image's
+            image.info["transparency"] = tuple(level >> 8 for level in hidden)
+        with one_large_image if pixels > LARGE else contextlib.nullcontext():
+            image.load()
+            return to_rgb(image)
+
+
+def unidentified(source):
+    """Why Pillow cannot open what is no image to it."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            start = file.read(12)
+    else:
+        source.seek(0)
+        start = source.read(12)
+    if re.match(rb".{4}ftyp(hei|hev|mif1|msf1)", start, re.DOTALL):
+        return "HEIC, for which you need `python -m pip install pillow-heif`"
+    return "cannot identify image file"
+
+
+def to_rgb(image):
+    """A loaded image of any mode, with its metadata → an upright one of mode RGB, in sRGB."""
+    turn = None
+    with contextlib.suppress(Exception):  # metadata may be senseless
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
+    profile = image.info.get("icc_profile")
+    if image.mode[0] in "IF":
+        image = to_8_bits(image)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(OSError, ImageCms.PyCMSError):  # one of other colours, or damaged
+            transform = to_srgb(profile, image.mode)
+            if transform is not None:
+                image = transform.apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@functools.lru_cache(16)  # a camera's photos have all the same
+def to_srgb(profile, mode):
+    """The transform from an ICC profile to sRGB, or None if it changes no colour by 3 levels."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "RGB":
+        colours = np.mgrid[0:256:15, 0:256:15, 0:256:15].reshape(1, -1, 3).astype(np.uint8)
+        converted = np.asarray(transform.apply(Image.fromarray(colours))).astype(int)
+        if abs(converted - colours).max() < 3:
+            return None
+    return transform
+
+
+def to_8_bits(image):
+    """Scale 16-bit, 32-bit or float levels by the range they are in: image → image of mode L.
+
+    That is 8, 10, 12 or 16 bits, for floats 0 to 1, 255 or 65535, or else what they reach.
+    """
+    levels = np.asarray(image)
+    finite = levels[np.isfinite(levels)]
+    low = min(0, finite.min(initial=0))
+    high = finite.max(initial=0)
+    is_float = levels.dtype.kind == "f"
+    ranges = (1, 255, 65535) if is_float else (255, 1023, 4095, 65535)
+    top = next((each for each in ranges if high <= each), high)
+    if is_float and 0 < high < top / 16:
+        top = high
+    scaled = (levels.astype(np.float32) - low) * (255 / (float(top) - low)) + 0.5
+    pixels = np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)
+    pixels[levels == image.info.get("transparency", np.nan)] = 255
+    return Image.fromarray(pixels)
+
+
+def is_nearly_black(image):
+    return max(high for _, high in image.getextrema()) < 16
+
+
+def name_nearly_black(names):
+    """Say which images of a set came out so dark that their levels may have been misread."""
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        say(printable(f"nearly black: {', '.join(sorted(names)[:10])}{more}"))
 
 
 def grid(images, columns=None):
@@ -487,6 +643,8 @@ def pack(folder, files, size, prefix):
     """
     def decode(path):
         image = ImageOps.fit(read_image(path), (size, size), Image.Resampling.BILINEAR)
+        if is_nearly_black(image):
+            dark.append(path)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def write_header(count):  # NumPy leaves room in it for any number
@@ -494,19 +652,22 @@ def pack(folder, files, size, prefix):
             file, {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)})
 
     count = 0
+    dark = []
+    reasons = Counter()
     digest = hashlib.sha1(usedforsecurity=False)
     whole = folder / f"{prefix}.npy"  # gets its final name when the digest is known
     with replacing(whole) as file:
         write_header(0)
         paths = [f"{folder}/{name}" for name in files]
-        for image in in_threads(decode, paths, f"packing {folder}", THREADS):
+        for image in in_threads(decode, paths, f"packing {folder}", THREADS, reasons):
             file.write(image)
             digest.update(image)
             count += 1
         if count == 0:
-            raise no_images(folder)
+            raise Problem(f"{folder}: {none_could_be_used(reasons)}")
         file.seek(0)
         write_header(count)
+    name_nearly_black(dark)
     whole.rename(folder / f"{prefix}-{digest.hexdigest()}.npy")
 
 

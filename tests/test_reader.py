@@ -1,16 +1,37 @@
 """dataReader.py: every image once an epoch, in an order that can be reached anywhere at once."""
 
 import errno
+import io
 import os
+import re
 import shutil
+import struct
+import sys
+import time
+import warnings
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import complaint, photo, run, start
 from PIL import Image
+from PIL.ImageCms import ImageCmsProfile, createProfile
+from PIL.PngImagePlugin import PngInfo
 
-from dataReader import FaceReader, Problem, check_outside, grid, list_files, locked, replacing
+import dataReader
+from dataReader import (
+    FaceReader,
+    Problem,
+    check_outside,
+    grid,
+    in_threads,
+    list_files,
+    locked,
+    read_image,
+    replacing,
+)
 
 
 @pytest.fixture
@@ -159,11 +180,15 @@ def test_images_that_cannot_be_decoded_are_named_and_left_out(tmp_path, folder):
     assert "10 of 10 images" in printed
 
 
-def test_folder_without_an_image_is_no_folder_of_images(tmp_path):
+def test_folder_of_which_nothing_can_be_used_says_why_by_count(tmp_path):
     (tmp_path / "imgs").mkdir()
-    (tmp_path / "imgs" / "notes.txt").write_text("not an image")
+    for name in "notes.txt", "more.txt":
+        (tmp_path / "imgs" / name).write_text("not an image")
+    photo(16, 16).save(tmp_path / "imgs" / "cut.png")
+    (tmp_path / "imgs" / "cut.png").write_bytes((tmp_path / "imgs" / "cut.png").read_bytes()[:60])
     for _ in range(2):
-        with pytest.raises(Problem, match="imgs is no folder of images: .*--demo"):
+        with pytest.raises(Problem, match=r"imgs: no file could be used, of 3: cannot identify"
+                                          r" image file \(2\), image file is truncated \(1\)$"):
             FaceReader(tmp_path / "imgs", 64, 1, seed=0)
 
 
@@ -279,20 +304,26 @@ def test_links_in_the_folder(folder, tmp_path, capsys):
     assert "skipped" in capsys.readouterr().err
 
 
-def test_what_cannot_be_read_is_named(folder, tmp_path, capsys):
+def test_only_regular_files_are_read_and_what_cannot_be_read_is_named(folder, tmp_path, capsys):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "null.png").symlink_to("/dev/zero")
     (folder / "self.png").symlink_to("self.png")
     deep = folder
     for _ in range(1200):  # deeper than Python calls itself
         deep = deep / "d"
         deep.mkdir()
     photo(16, 16, 200).save(deep / "deep.png")
-    assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
+    try:
+        assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
+    finally:
+        (deep / "deep.png").unlink()
+        while deep != folder:  # shutil.rmtree gives up at this depth
+            deep.rmdir()
+            deep = deep.parent
     printed = capsys.readouterr().err
-    assert f"skipped {folder}/self.png: [Errno 40] Too many levels of symbolic links" in printed
-    (deep / "deep.png").unlink()
-    while deep != folder:  # shutil.rmtree gives up at this depth
-        deep.rmdir()
-        deep = deep.parent
+    for name, why in [("pipe", "not a regular file"), ("null", "not a regular file"),
+                      ("self", "Too many levels of symbolic links")]:
+        assert f"skipped {folder}/{name}.png: {why}" in printed
 
 
 def test_folders_that_cannot_be_read_are_named(folder, monkeypatch, capsys):
@@ -369,3 +400,212 @@ def test_missing_folder_is_one_line_that_says_how_to_get_data(tmp_path):
     line = complaint(tmp_path, "dataReader.py")
     assert "imgs is no folder of images" in line
     assert "python pretreat.py --demo" in line
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, rest, colour_type=2, bits=8):
+    """A PNG's bytes, its header chunk followed by others."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + rest + png_chunk(b"IEND", b"")
+
+
+def test_postscript_under_another_name_is_not_run(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="^cannot identify image file$"):
+        read_image(tmp_path / "photo.jpg")
+
+
+def test_heic_is_read_by_pillow_heif_or_says_that_it_is_needed(tmp_path, monkeypatch):
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    dataReader.formats.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    for source in path, io.BytesIO(path.read_bytes()):  # from a folder, from a zip
+        with pytest.raises(ValueError, match="HEIC, .* `python -m pip install pillow-heif`"):
+            read_image(source)
+
+    def register_heif_opener():  # a stand-in for the package
+        Image.register_open("HEIF", lambda file, name: photo(16, 16, 200),
+                            lambda start: start[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(
+        sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    dataReader.formats.cache_clear()
+    np.testing.assert_array_equal(read_image(path), photo(16, 16, 200))
+    dataReader.formats.cache_clear()
+
+
+def test_metadata_decides_nothing_but_the_orientation(tmp_path):
+    info = PngInfo()
+    info.add_text("workflow", "x" * 2_000_000, zip=True)
+    photo().save(tmp_path / "text.png", pnginfo=info)
+    np.testing.assert_array_equal(read_image(tmp_path / "text.png"), photo())
+    photo().save(tmp_path / "profile.png", icc_profile=bytes(2_000_000))
+    np.testing.assert_array_equal(read_image(tmp_path / "profile.png"), photo())
+    # a resolution below 0, which cannot be written again, and orientation 6
+    exif = b"Exif\0\0" + struct.pack("<2sHIHHHIHHHHIIIii", b"II", 42, 8, 2, 0x0112, 3, 1, 6, 0,
+                                      0x011a, 10, 1, 38, 0, -1, 1)
+    photo().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), photo())
+    photo().save(tmp_path / "damaged.png", exif=b"Exif\0\0damaged")
+    np.testing.assert_array_equal(read_image(tmp_path / "damaged.png"), photo())
+
+
+def test_too_large_an_image_is_left_out_by_name_before_it_is_decoded(folder, capsys):
+    (folder / "huge.png").write_bytes(png(100_000, 100_000, png_chunk(b"IDAT", b"")))
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 10
+    assert re.search(r"huge.png: its 100000×100000 pixels are too many for this computer's memory"
+                     r" \(\d+ megapixels at most\)", capsys.readouterr().err)
+
+
+def test_limit_of_pixels_goes_by_the_memory(monkeypatch):
+    assert 2**27 < dataReader.most_pixels.__wrapped__() <= 2**29  # of a 200-megapixel phone: 4 GiB
+    monkeypatch.setattr("resource.getrlimit", lambda _: (3_200_000_000, -1))
+    assert dataReader.most_pixels.__wrapped__() == 100_000_000
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "1600000000\n")  # a container's
+    assert dataReader.most_pixels.__wrapped__() == 50_000_000
+
+
+def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
+    at_work = []
+    most = []
+
+    def to_rgb(image):
+        at_work.append(image)
+        time.sleep(0.02)
+        most.append(len(at_work))
+        at_work.pop()
+        return photo(16, 16)
+
+    monkeypatch.setattr("dataReader.to_rgb", to_rgb)
+    monkeypatch.setattr("dataReader.THREADS", 4)
+    for large, expected in (2**25, 4), (16 * 16 - 1, 1):
+        monkeypatch.setattr("dataReader.LARGE", large)
+        most.clear()
+        dataReader.pack(folder, [f"{k}.png" for k in range(7)], 16, f".faces-{large}")
+        assert max(most) == expected
+
+
+def test_lack_of_memory_ends_packing_and_names_the_image(folder, monkeypatch):
+    def read(path, real=read_image):
+        if path.endswith("5.png"):
+            raise MemoryError
+        return real(path)
+
+    monkeypatch.setattr("dataReader.read_image", read)
+    with pytest.raises(Problem, match=r"^memory ran out at \S*/5.png: end other programs$"):
+        FaceReader(folder, 16, 1, seed=0)
+    assert not list(folder.glob(".*"))
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(("levels", "expected"), [
+    (RAMP.astype(np.float32), RAMP * 255),
+    ((RAMP * 255).astype(np.float32), RAMP * 255),
+    ((RAMP * 65535).astype(np.float32), RAMP * 255),
+    ((RAMP * 3).astype(np.float32), RAMP * 255),             # light above white
+    ((RAMP / 100).astype(np.float32), RAMP * 255),
+    ((RAMP * 2 - 1).astype(np.float32), RAMP * 255),         # as a GAN's
+    (np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32), np.where(RAMP > 0.5, 0, RAMP * 510)),
+    ((RAMP * 65535).astype(np.uint16), RAMP * 255),
+    ((RAMP * 30000).astype(np.uint16), RAMP * 30000 / 257),  # a dark photo stays dark
+    ((RAMP * 4095).astype(np.uint16), RAMP * 255),
+    ((RAMP * 1023).astype(np.uint16), RAMP * 255),
+    ((RAMP * 255).astype(np.uint16), RAMP * 255),
+    ((RAMP * 255).astype(np.int32), RAMP * 255),
+    ((RAMP * 65535).astype(np.int32), RAMP * 255),
+    ((RAMP * 2e9).astype(np.int32), RAMP * 255),
+])
+def test_levels_of_any_depth_are_scaled_by_what_they_hold(tmp_path, levels, expected):
+    if levels.dtype == np.float32 and np.isnan(levels).any():
+        expected = expected / 2  # up to 0.5 only: a range of 0 to 1
+    Image.fromarray(levels).save(tmp_path / "levels.tif")
+    read = np.asarray(read_image(tmp_path / "levels.tif")).astype(float)
+    assert abs(read - expected[..., None]).max() <= 1.1
+
+
+def test_all_levels_of_16_bits_are_rounded_as_before(tmp_path):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / "levels.png")
+    expected = (levels / 257 + 0.5).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "levels.png"))[..., 0], expected)
+
+
+def test_images_that_come_out_nearly_black_are_named_once(folder, capsys):
+    for name in "dark.png", "more/night.png":
+        Image.new("RGB", (16, 16), (15, 3, 9)).save(folder / name)
+    FaceReader(folder, 16, 1, seed=0)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "nearly black" in line]
+    assert line.endswith(f"nearly black: {folder}/dark.png, {folder}/more/night.png")
+
+
+def test_transparent_colour_of_16_bits_shows_white(tmp_path):
+    levels = np.full((16, 16), 30000, np.uint16)
+    levels[:, :8] = 12345
+    Image.fromarray(levels).save(tmp_path / "grey.png", transparency=12345)
+    grey = np.asarray(read_image(tmp_path / "grey.png"))
+    assert (grey[:, :8] == 255).all()
+    assert (grey[:, 8:] == round(30000 / 257)).all()
+    rows = (b"\0" + struct.pack(">3H", 12345, 20000, 40000) * 8
+            + struct.pack(">3H", 1000, 65535, 30000) * 8) * 16
+    (tmp_path / "colour.png").write_bytes(png(16, 16, png_chunk(
+        b"tRNS", struct.pack(">3H", 12345, 20000, 40000)) + png_chunk(b"IDAT", zlib.compress(rows)),
+        bits=16))
+    colour = np.asarray(read_image(tmp_path / "colour.png"))
+    assert (colour[:, :8] == 255).all()
+    assert (abs(colour[:, 8:].astype(int) - [1000 // 257, 255, 30000 // 257]) <= 1).all()
+
+
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061],
+                 [0.01392, 0.09708, 0.71410]])  # to XYZ under D50, the columns red, green, blue
+DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657],
+                       [-0.00105, 0.04189, 0.78407]])
+
+
+def profile_of(primaries):
+    """Pillow's sRGB profile with other primaries."""
+    data = bytearray(ImageCmsProfile(createProfile("sRGB")).tobytes())
+    for number, tag in enumerate([b"rXYZ", b"gXYZ", b"bXYZ"]):
+        entry = data.index(tag, 128)
+        start = int.from_bytes(data[entry + 4:entry + 8], "big")
+        data[start + 8:start + 20] = (primaries[:, number] * 65536).round().astype(">i4").tobytes()
+    return bytes(data)
+
+
+def test_colours_are_converted_to_srgb(tmp_path):
+    # a photo in Display P3, as iPhones write, of colours that sRGB has too
+    seen = np.random.default_rng(0).integers(60, 190, (32, 32, 3)) / 255
+    linear = np.where(seen <= 0.04045, seen / 12.92, ((seen + 0.055) / 1.055) ** 2.4)
+    linear = linear @ SRGB.T @ np.linalg.inv(DISPLAY_P3).T
+    encoded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    image = Image.fromarray((encoded * 255).round().astype(np.uint8))
+    seen = (seen * 255).round()
+    assert abs(np.asarray(image) - seen).mean() > 3
+    for name, saved in [("rgb.png", image), ("alpha.png", image.convert("RGBA")),
+                        ("lossy.webp", image)]:
+        saved.save(tmp_path / name, icc_profile=profile_of(DISPLAY_P3), lossless=True)
+        assert abs(np.asarray(read_image(tmp_path / name)) - seen).mean() < 0.6, name
+    for profile in profile_of(SRGB), b"damaged":  # changes nothing
+        image.save(tmp_path / "plain.png", icc_profile=profile)
+        np.testing.assert_array_equal(read_image(tmp_path / "plain.png"), image)
+
+
+def test_warnings_name_their_image(folder, capsys):
+    def decode(path):
+        if path.endswith("5.png"):
+            warnings.warn("Corrupt EXIF data", stacklevel=1)
+        return path
+
+    before = warnings.showwarning
+    paths = [f"{folder}/{number}.png" for number in range(10)]
+    assert list(in_threads(decode, paths, "reading", 2)) == paths
+    assert f"{folder}/5.png: Corrupt EXIF data" in capsys.readouterr().err
+    assert warnings.showwarning is before
