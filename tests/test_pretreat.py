@@ -2,15 +2,13 @@
 
 import io
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import complaint, photo, run, start
 from PIL import Image
-from skimage.data import astronaut
 
-from pretreat import crop_all, crop_face, cut_faces
+from pretreat import crop_all, crop_face
 
 
 def crops(folder):
@@ -269,35 +267,6 @@ def test_demo_photos_are_celeba_shaped_and_varied(demo):
     assert "0 written, 2000 already there" in run(demo.parent, "pretreat.py", "--demo")
 
 
-def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_path):
-    (tmp_path / "in").mkdir()
-    face = astronaut()[:250, 100:350].copy()
-    for x, y in (103, 101), (146, 103):  # her eyes, painted blue, which is dark, as eyes are
-        face[y - 4:y + 5, x - 4:x + 5] = 0, 0, 255
-    face = Image.fromarray(face)
-    for name, places in {"one": [(30, 20, 250)], "two": [(600, 400, 250), (20, 30, 500)],
-                         "none": [], "corner": [(-40, -40, 250)]}.items():
-        picture = Image.new("RGB", (1000, 700), "grey")
-        for x, y, side in places:
-            picture.paste(face.resize((side, side)), (x, y))
-        picture.save(tmp_path / "in" / f"{name}.png")
-    out = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
-    assert "4 written, 0 already there, 1 skipped" in out
-    assert "skipped none.png: no face found" in out
-    found = crops(tmp_path / "imgs")
-    assert found.keys() == {
-        "one-face1.png", "two-face1.png", "two-face2.png", "corner-face1.png"}
-    for pixels in found.values():  # CelebA has the eyes at (25, 30) and (39, 30), about
-        y, x = np.nonzero(pixels[..., 2] - pixels[..., :2].max(2).astype(int) > 100)
-        for eye, column in (x < 32, 25), (x >= 32, 39):
-            assert x[eye].mean() == pytest.approx(column, abs=2.5)
-            assert y[eye].mean() == pytest.approx(30, abs=2.5)
-        apart = x[x >= 32].mean() - x[x < 32].mean()
-        assert apart == pytest.approx(15.5, abs=1.5)  # hers are farther apart than most
-    again = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces")
-    assert "0 written, 3 already there, 1 skipped" in again
-
-
 def test_faces_of_a_photo_are_written_again_unless_all_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr("pretreat.cut_faces", lambda photo, size: [photo] * 3)
     written = []
@@ -307,23 +276,3 @@ def test_faces_of_a_photo_are_written_again_unless_all_are_there(tmp_path, monke
     crop_all({"a.png": lambda: tmp_path / "a.png"}, tmp_path / "imgs", 64, 1, find_faces=True)
     # a kill leaves the last ones, and the first is looked for in the next run
     assert written == ["a-face3.png", "a-face2.png", "a-face1.png"]
-
-
-def test_overlapping_findings_are_one_face(monkeypatch):
-    boxes = [{"c": 100, "r": 100, "width": 90}, {"c": 110, "r": 105, "width": 60},
-             {"c": 300, "r": 100, "width": 80}]
-    monkeypatch.setattr("skimage.feature.Cascade", lambda _: SimpleNamespace(
-        detect_multi_scale=lambda *_, **__: boxes))
-    assert len(cut_faces(Image.new("RGB", (500, 400)), 64)) == 2
-
-
-def test_find_faces_leaves_small_ones_out():
-    photo = Image.new("RGB", (400, 400), "grey")  # its face is 50 pixels wide, about
-    photo.paste(Image.fromarray(astronaut()[:250, 100:350]).resize((100, 100)), (200, 200))
-    assert [len(cut_faces(photo, size)) for size in (64, 128)] == [1, 0]
-
-
-def test_find_faces_finds_no_face_beside_the_astronauts():
-    jpeg = io.BytesIO()
-    Image.fromarray(astronaut()).save(jpeg, "JPEG")  # in finer steps its rocket was one too
-    assert len(cut_faces(Image.open(jpeg), 64)) == 1
