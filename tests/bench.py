@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dataReader
+import quality as quality_table
 from dataReader import FaceReader, Problem, run_script
 from pretreat import make_demo_photos
 
@@ -455,7 +456,12 @@ def main():
     parser.add_argument("--peers", type=Path, default=ROOT.parent / "shared" / "peers" / "peers.py")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--quality", type=Path, metavar="FOLDER")
+    parser.add_argument("--measure", type=Path, nargs="+", metavar="GENERATOR")
+    parser.add_argument("--data", type=Path, default=ROOT / "imgs", metavar="IMGS")
     options = parser.parse_args()
+    if options.measure:
+        quality_table.measure_generators(options.measure, options.data)
+        return
     torch = subprocess.call([options.torch, "-c", "import torch"], stderr=subprocess.DEVNULL) == 0
 
     def peer(name, *arguments):
