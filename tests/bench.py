@@ -3,7 +3,15 @@
     python tests/bench.py                               # minutes; run nothing else meanwhile
     python tests/bench.py --torch elsewhere/bin/python  # a Python that has PyTorch
     python tests/bench.py --peers elsewhere/peers.py    # the script that times the others
-    python tests/bench.py --quality folder              # an hour: faces, not seconds; goes on there
+
+How good the faces are, on real crops of which a fifth is held out:
+
+    python tests/bench.py --measure Output/generator.safetensors --data imgs   # a minute
+    python tests/bench.py --quality folder --data imgs --speed --torch ...     # two minutes, alone
+    python tests/bench.py --quality folder --data imgs --torch ...             # hours; goes on
+
+measures.py says what is measured, quality.py what is trained and what is in the folder. Two of the
+detectors need a wheel that nothing else here does: python -m pip install "opencv-python-headless<5"
 
 Ours and the peer run in turns, A B A B, since a machine's speed drifts; printed are the medians.
 Each of our measurements has a process of its own: `bench.py child-NAME ...` calls `NAME_child`.
@@ -24,19 +32,18 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import measures
 import numpy as np
+import quality
+from quality import ENV, ROOT
 from tqdm import tqdm
 
 import dataReader
-import quality as quality_table
 from dataReader import FaceReader, Problem, run_script
 from pretreat import make_demo_photos
 
-ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0))
-ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 FACES, MANY, CELEBA = 3000, 200_000, 202_599
-FACES_COMPARED = 2000
 
 # -------------------------------------------------------------------------------------------------
 # the children: each runs in a process of its own
@@ -130,27 +137,6 @@ def net_child(path, count):
     generator, _ = network.load_generator(path)
     taken, _ = times(lambda _: network.draw_faces(generator, z), range(1 + count // 100))
     return count / sum(taken[1:])
-
-
-def faces_child(path, which, target):
-    """Draw FACES_COMPARED faces into an npy file.
-
-    `which` is "averaged" or "raw" for what generator.py draws without and with `--raw`, or
-    "running" for the raw weights with the BN statistics that ran along in training.
-    """
-    import network
-    import weightInit
-    from weightInit import paddle
-
-    weightInit.use_device("cpu")
-    generator, info = network.load_generator(path, raw=which != "averaged")
-    if which == "running":
-        tensors, _ = weightInit.read_tensors(path, "generator")
-        generator.set_state_dict({name.removeprefix("raw."): paddle.to_tensor(value) for name, value
-                                  in tensors.items() if name.startswith("raw.")})
-    z = network.face_latents(1, range(FACES_COMPARED), info["z_dim"], info["noise"])
-    np.save(target, np.concatenate([
-        network.draw_faces(generator, part) for part in np.split(z, 20)]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -361,124 +347,50 @@ def growth(by_batch, folders):
 
 
 # -------------------------------------------------------------------------------------------------
-# the faces
+# the command line
 
 
-def yardstick(real):
-    """Return a function that measures how far images are from `real`, uint8 `[N, 3, S, S]`.
-
-    It is the Fréchet distance on the first 64 principal components of `real`, in units of [-1, 1],
-    squared and summed over all pixels: as FID, but without Inception. It sees layout, light and
-    contrast rather than what is in a picture, and is for comparisons on this data alone.
-    """
-    def flat(images):
-        return images.reshape(len(images), -1) / np.float32(127.5) - 1
-
-    middle = flat(real).mean(axis=0)
-    centred = flat(real) - middle
-    values, vectors = np.linalg.eigh(centred @ centred.T)  # smaller than their covariance
-    axes = centred.T @ vectors[:, -64:] / np.sqrt(values[-64:])
-
-    def moments(images):
-        at = ((flat(images) - middle) @ axes).astype(np.float64)
-        return at.mean(axis=0), np.cov(at.T)
-
-    real_mean, real_spread = moments(real)
-    values, vectors = np.linalg.eigh(real_spread)
-    root = vectors * np.sqrt(values) @ vectors.T
-
-    def distance(images):
-        mean, spread = moments(images)
-        shared = np.sqrt(np.linalg.eigvalsh(root @ spread @ root).clip(0)).sum()
-        return ((mean - real_mean) ** 2).sum() + np.trace(spread + real_spread) - 2 * shared
-    return distance
-
-
-def quality(folder, torch):
-    """Train on the demo faces, ours and PyTorch's example, and compare what they draw.
-
-    `folder` keeps the runs, so that it goes on where it was stopped, and a grid a row. `torch` is
-    a Python that has PyTorch, or None.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "demo").exists():
-        subprocess.run([sys.executable, ROOT / "pretreat.py", "--demo"], cwd=folder, check=True)
-    real = FaceReader(folder / "demo" / "imgs", 64, 64, 0).images
-    np.save(folder / "real.npy", real)
-    distance = yardstick(real)
-    print(f"{'':44}{'seed 0':>9}{'seed 1':>9}{'mean':>9}{'ratio':>9}")
-
-    def compare(title, draws, peer=None):
-        """Print the row of functions that return faces; return its mean."""
-        found = []
-        for number, draw in enumerate(draws):
-            faces = draw()
-            if number == 0:
-                dataReader.save_png(folder / f"{title}.png".replace(" ", "_").replace("'", ""),
-                                    dataReader.grid(faces[:20], columns=10))
-            found.append(distance(faces))
-        cells = [*map(show, found), *[""] * (2 - len(found)), show(np.mean(found)),
-                 f"{np.mean(found) / peer:.2f}" if peer else ""]
-        print(f"{title:44}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
-        return np.mean(found)
-
-    def ours(which, seed, *flags):
-        """Faces of a run of train.py, which is taken up if it is there."""
-        run = folder / f"ours-{seed}{''.join(flags).replace('--', '-')}"
-        subprocess.run([sys.executable, ROOT / "train.py", "--data_path", folder / "demo" / "imgs",
-                        "--width", "16", "--batch_size", "16", "--learning_rate", "0.0005",
-                        "--epochs", "17", "--output_path", run,
-                        "--seed", str(seed), *flags], env=ENV, check=True,
-                       stdout=subprocess.DEVNULL)
-        child("faces", str(run / "generator.safetensors"), which, str(run / "faces.npy"))
-        return np.load(run / "faces.npy")
-
-    def theirs(seed):
-        path = folder / f"torch-{seed}.npy"
-        if not path.exists():
-            output(torch, ROOT / "tests" / "dcgan_torch.py", folder / "real.npy",
-                   folder / "new.npy", "--seed", seed, "--iterations", 17 * 125, "--batch", 16)
-            (folder / "new.npy").rename(path)
-        return np.load(path)
-
-    peer = torch and compare("PyTorch's example", [lambda s=s: theirs(s) for s in (0, 1)])
-    for title, which in (("raw, running statistics", "running"), ("raw, fresh statistics", "raw"),
-                         ("averaged, fresh statistics", "averaged")):
-        compare(title, [lambda which=which, seed=seed: ours(which, seed) for seed in (0, 1)], peer)
-    for flags in ("--noise", "uniform"), ("--g_steps", "1"):
-        compare("averaged, " + " ".join(flags)[2:], [
-            lambda flags=flags: ours("averaged", 0, *flags)], peer)
-
-
-def main():
+def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, default=ROOT.parent / "shared" / "peers" / "peers.py")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--quality", type=Path, metavar="FOLDER")
-    parser.add_argument("--measure", type=Path, nargs="+", metavar="GENERATOR")
-    parser.add_argument("--data", type=Path, default=ROOT / "imgs", metavar="IMGS")
-    options = parser.parse_args()
-    if options.measure:
-        quality_table.measure_generators(options.measure, options.data)
-        return
-    torch = subprocess.call([options.torch, "-c", "import torch"], stderr=subprocess.DEVNULL) == 0
+    parser.add_argument("--peers", type=Path, default=ROOT.parent / "shared" / "peers" / "peers.py",
+                        help="the script that times the others; for the speeds alone")
+    parser.add_argument("--measure", type=Path, nargs="+", metavar="GENERATOR",
+                        help="how good the faces of these files are")
+    parser.add_argument("--quality", type=Path, metavar="FOLDER",
+                        help="the table of faces, ours and others', which is made in this folder")
+    of_faces = parser.add_argument_group("for --measure and --quality")
+    of_faces.add_argument("--data", type=Path, default=Path("imgs"), metavar="IMGS",
+                          help="folder of 64x64 crops (default: imgs)")
+    of_table = parser.add_argument_group("for --quality")
+    budget = of_table.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=30.0,
+                        help="of training alone on the machine (default: 30)")
+    budget.add_argument("--iterations", type=int,
+                        help="in place of it: iterations of ours, and the others as long")
+    of_table.add_argument("--seconds_only", action="store_true",
+                          help="no second table, of equal iterations: the others need hours for it")
+    of_table.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    of_table.add_argument("--ours", default="--width 16 --batch_size 16 --learning_rate 0.0005",
+                          metavar="FLAGS", help="flags of train.py (default: %(default)s)")
+    of_table.add_argument("--theirs", default="", metavar="FLAGS",
+                          help="flags of dcgan_docs.py and dcgan_torch.py, e.g. '--batch 32'"
+                               " (default: their own batches, 128 and 64)")
+    of_table.add_argument("--speed", action="store_true",
+                          help="only measure all speeds, in two minutes: run nothing else then")
+    return parser.parse_args()
 
-    def peer(name, *arguments):
-        python = options.torch if name == "torch-step" else sys.executable
-        if options.peers.exists() and (torch or name != "torch-step"):
-            return lambda *more: float(output(python, options.peers, name, *arguments, *more))
 
+def describe_machine():
+    """One line: processor, cores, Paddle, date."""
     model = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
     paddle = output(sys.executable, "-c", "import paddle; print(paddle.__version__)").split()[-1]
-    print(f"{model or 'unknown CPU'}, {CORES} cores, Paddle {paddle}, {date.today()}")
-    if options.quality:
-        quality(options.quality.resolve(), options.torch if torch else None)
-        return
-    if not options.peers.exists():
-        print(f"{options.peers} is not there: no peers")
-    elif not torch:
-        print("torch is not installed here: not compared")
+    return f"{model or 'unknown CPU'}, {CORES} cores, Paddle {paddle}, {date.today()}"
+
+
+def speed_table(peer):
+    """Print the table of speeds; `peer(name, ...)` gives a function that times a peer, or None."""
     print(f"{'stage':56}{'ours':>9}{'peer':>9}{'ratio':>10}  target", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -496,6 +408,31 @@ def main():
     hours = CELEBA // 128 * by_batch[128] / 3600
     print(f"An epoch of CelebA at batch 128: {hours:.1f} h on this CPU;"
           f" the reader could feed a GPU {show(steady)} img/s")
+
+
+def main():
+    options = parse_options()
+    if options.measure:
+        measures.measure_generators(options.measure, options.data)
+        return
+    if subprocess.call([options.torch, "-c", "import torch"], stderr=subprocess.DEVNULL):
+        print(f"{options.torch} has no PyTorch: not compared")
+        options.torch = None
+    machine = describe_machine()
+    if options.quality:
+        quality.make_table(options, machine)
+        return
+    print(machine)
+    if not options.peers.exists():
+        print(f"{options.peers} is not there: no peers")
+
+    def peer(name, *arguments):
+        python = options.torch if name == "torch-step" else sys.executable
+        if python is None or not options.peers.exists():
+            return None
+        return lambda *more: float(output(python, options.peers, name, *arguments, *more))
+
+    speed_table(peer)
 
 
 if __name__ == "__main__":

@@ -1,234 +1,386 @@
-"""How good drawn faces are, measured against crops that nothing was trained on.
+"""The table of `bench.py --quality FOLDER --data IMGS`: how good faces are, ours and others'.
 
-`bench.py --quality` and `bench.py --measure` print these measures. They are for comparisons on one
-set of crops: none is FID, and none can be compared with a number from elsewhere.
+Every row is trained on the same crops, measured on others (see measures.py), and compared twice:
+at equal seconds of training alone on the machine, and at equal iterations. FOLDER keeps all, so
+that the same command goes on where it was stopped:
 
-Of a folder's crops, sorted by name, the last fifth (at most 2,000) is held out: the reference.
-
-    distance   Fréchet distance to the held-out crops, on their first 64 principal components
-    spread     how much the faces differ from each other, over how much the held-out crops do
-    found      in how many a detector finds a face, over how many of the held-out crops; three of
-               them: OpenCV's two frontal Haar cascades and scikit-image's LBP cascade
-    memory     median distance to the nearest training crop, over that to the nearest held-out one:
-               near 1 is good, near 0 would be training crops drawn from memory
-
-Other training crops, measured as if they had been drawn, show what the best possible row looks like.
+    train held_out     links to four fifths and one fifth of the crops
+    settings.json      what it was begun with: another folder is needed for other settings
+    speed.json         seconds an iteration takes, of each recipe
+    ours-0 page-0 ...  the trainings, by seed
+    measures.json      what has been measured
+    pictures           20 faces of a row's first seed
+    table.md           the tables, as far as there is something in them
 """
 
+import argparse
+import itertools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from statistics import mean, median
 
+import measures
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 import dataReader
 from dataReader import Problem
 
-HELD_OUT_AT_MOST = 2000
-COMPONENTS = 64         # on which the Fréchet distance is measured
-SEARCHED_AT_MOST = 1000  # faces that the detectors are shown, 20 ms each
-ENLARGED = 3            # times, before the detectors see them: they look for faces of 20 pixels up
-
-
-# -------------------------------------------------------------------------------------------------
-# pixels
-
-
-def held_out_count(crops):
-    """How many of so many crops, the last by name, are held out; a Problem for too few."""
-    count = min(HELD_OUT_AT_MOST, crops // 5)
-    if count <= COMPONENTS:
-        raise Problem(f"{crops} crops are too few to hold out a fifth and measure by it:"
-                      f" {5 * (COMPONENTS + 1)} are needed")
-    return count
-
-
-def flat(images):
-    """uint8 `[N, 3, S, S]` → float32 `[N, 3·S·S]` in [-1, 1]."""
-    return images.reshape(len(images), -1) / np.float32(127.5) - 1
-
-
-def squared_distances(some, others):
-    """Squared pixel distances between all pairs of uint8 images, `[N, …]`, `[M, …]` → `[N, M]`."""
-    middle = flat(others).mean(axis=0)  # without it, the differences of large numbers are coarse
-    some = flat(some) - middle
-    others = flat(others) - middle
-    squares = (some**2).sum(axis=1)[:, None] + (others**2).sum(axis=1)
-    return (squares - 2 * some @ others.T).clip(0)
-
-
-def mean_distance(images):
-    """Mean pixel distance between two different images of a set."""
-    distances = np.sqrt(squared_distances(images, images))
-    np.fill_diagonal(distances, 0)
-    return distances.sum() / (len(images) * (len(images) - 1))
-
-
-def distance_to_nearest(images, crops):
-    """Median over the images of the pixel distance to the nearest of the crops."""
-    return np.median(np.sqrt(squared_distances(images, crops).min(axis=1)))
-
-
-def yardstick(real):
-    """Return a function that measures how far images are from `real`, uint8 `[N, 3, S, S]`.
-
-    It is the Fréchet distance on the first 64 principal components of `real`, in units of [-1, 1],
-    squared and summed over all pixels: as FID, but without Inception. It sees layout, light and
-    contrast rather than what is in a picture, and is for comparisons on this data alone.
-    """
-    middle = flat(real).mean(axis=0)
-    centred = flat(real) - middle
-    values, vectors = np.linalg.eigh(centred @ centred.T)  # smaller than their covariance
-    axes = centred.T @ vectors[:, -COMPONENTS:] / np.sqrt(values[-COMPONENTS:])
-
-    def moments(images):
-        at = ((flat(images) - middle) @ axes).astype(np.float64)
-        return at.mean(axis=0), np.cov(at.T)
-
-    real_mean, real_covariance = moments(real)
-    values, vectors = np.linalg.eigh(real_covariance)
-    root = vectors * np.sqrt(values) @ vectors.T
-
-    def distance(images):
-        mean, covariance = moments(images)
-        shared = np.sqrt(np.linalg.eigvalsh(root @ covariance @ root).clip(0)).sum()
-        apart = ((mean - real_mean) ** 2).sum()
-        return apart + np.trace(covariance) + np.trace(real_covariance) - 2 * shared
-    return distance
-
-
-# -------------------------------------------------------------------------------------------------
-# detectors
-
-
-def opencv_detector(cascade):
-    """A function that tells whether one of OpenCV's cascades finds a face in a uint8 `[H, W]`."""
-    try:
-        import cv2
-        classifier = cv2.CascadeClassifier(f"{cv2.data.haarcascades}{cascade}.xml")
-    except (ImportError, AttributeError) as error:  # OpenCV 5 has no cascades any more
-        raise Problem("two of the detectors are OpenCV's of version 4:"
-                      ' python -m pip install "opencv-python-headless<5"') from error
-    return lambda gray: len(classifier.detectMultiScale(
-        gray, scaleFactor=1.1, minNeighbors=3, minSize=(len(gray) // 3,) * 2)) > 0
-
-
-def skimage_detector():
-    """A function that tells whether scikit-image's cascade finds a face in a uint8 `[H, W]`."""
-    from skimage.data import lbp_frontal_face_cascade_filename
-    from skimage.feature import Cascade
-
-    cascade = Cascade(lbp_frontal_face_cascade_filename())
-    return lambda gray: len(cascade.detect_multi_scale(
-        gray, scale_factor=1.1, step_ratio=1, min_size=(len(gray) // 3,) * 2,
-        max_size=gray.shape, min_neighbor_number=2)) > 0
-
-
-def detectors():
-    """The three detectors by name.
-
-    With these settings each finds a face in 0.94 to 0.96 of CelebA's crops, and in 0.01 to 0.05 of
-    the same crops with their sixteen squares shuffled.
-    """
-    return {"Haar default": opencv_detector("haarcascade_frontalface_default"),
-            "Haar alt2": opencv_detector("haarcascade_frontalface_alt2"),
-            "LBP": skimage_detector()}
-
-
-def shares_found(images):
-    """Share of uint8 images `[N, 3, S, S]` in which a face is found, by detector."""
-    size = images.shape[-1] * ENLARGED
-    images = images[:SEARCHED_AT_MOST]
-    by_name = detectors()
-    counts = dict.fromkeys(by_name, 0)
-    for image in tqdm(images, "looking for faces", unit="img", leave=False, disable=None):
-        gray = Image.fromarray(image.transpose(1, 2, 0)).convert("L")
-        gray = np.asarray(gray.resize((size, size), Image.Resampling.BICUBIC))
-        for name, finds_face in by_name.items():
-            counts[name] += finds_face(gray)
-    return {name: count / len(images) for name, count in counts.items()}
-
-
-# -------------------------------------------------------------------------------------------------
-# all measures
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+SPEED_SECONDS = 5  # for which a recipe is tried, in each of its turns
+SPEED_TURNS = 2
 
 
 @dataclass
-class Reference:
-    """Real crops, uint8 `[N, 3, S, S]`, as many in each set, and what was measured on them."""
+class Row:
+    """A row of the table."""
 
-    held_out: np.ndarray     # no row has been trained on them
-    trained_on: np.ndarray   # chosen at random
-    as_if_drawn: np.ndarray  # other training crops
-    distance: Any            # a function of images: `yardstick`
-    spread: float
-    found: dict              # shares by detector
+    name: str                # of its picture
+    title: str
+    training: str            # whose faces they are
+    which: str = "averaged"  # of ours: see `measures.draw`
 
 
-def make_reference(images):
-    """Split the crops of a folder, in the order of their names, and measure the held-out ones."""
-    count = held_out_count(len(images))
-    held_out = np.asarray(images[-count:])
-    order = np.random.default_rng(0).permutation(len(images) - count)
-    return Reference(
-        held_out=held_out, trained_on=images[np.sort(order[:count])],
-        as_if_drawn=images[order[count:2 * count]], distance=yardstick(held_out),
-        spread=mean_distance(held_out), found=shares_found(held_out))
+ROWS = [
+    Row("page", "the page in Paddle's documentation, its convolutions on oneDNN", "page"),
+    Row("pytorch", "PyTorch's DCGAN example", "pytorch"),
+    Row("running", "ours, last iteration's weights and running statistics", "ours", "running"),
+    Row("raw", "ours, `--raw`: statistics estimated", "ours", "raw"),
+    Row("averaged", "ours, the average: the default", "ours"),
+    Row("g1", "the same with `--g_steps 1`, as PyTorch's example", "ours-g1"),
+    Row("uniform", "the same with `--noise uniform`", "ours-uniform"),
+]
+PEERS = ("page", "pytorch")
 
 
-def measure(images, reference):
-    """All measures of drawn faces, uint8 `[N, 3, S, S]`, as a dict of floats and, `found`, a list.
+# -------------------------------------------------------------------------------------------------
+# the trainings: each has a name, `unit`, of which it does a whole number of iterations, and three
+# methods: seconds_per_iteration(), train(seed, counts), faces(seed, count, which)
+
+
+class Recipe:
+    """Another's recipe, trained by a script that recipe.py describes."""
+
+    def __init__(self, folder, name, python, script, flags, faces):
+        self.folder = folder
+        self.name = name
+        self.faces_drawn = faces
+        self.unit = 1
+        images = dataReader.FaceReader(folder / "train", 64, 1, 0).images
+        self.command = [python, ROOT / "tests" / script, images.filename]
+        self.flags = flags
+
+    def run(self, place, *flags):
+        """Run the script to its end; return what it printed on stdout."""
+        command = [*self.command, place, *self.flags, *flags]
+        done = subprocess.run([*map(str, command)], env=ENV, text=True, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise Problem(f"{shlex.join(map(str, command))} failed: see above")
+        return done.stdout
+
+    def place(self, seed):
+        return self.folder / f"{self.name}-{seed}"
+
+    def seconds_per_iteration(self):
+        return float(self.run(self.place(0), "--speed", SPEED_SECONDS))
+
+    def train(self, seed, counts):
+        self.run(self.place(seed), "--seed", seed, "--faces", self.faces_drawn,
+                 "--iterations", *counts)
+
+    def faces(self, seed, count, which):
+        return np.load(self.place(seed) / f"faces-{count}.npy")
+
+
+class Ours:
+    """train.py with some flags."""
+
+    def __init__(self, folder, name, flags, faces):
+        import train
+
+        self.folder = folder
+        self.name = name
+        self.flags = flags
+        self.faces_drawn = faces
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("--batch_size", type=int, default=train.batch_size)
+        options, _ = parser.parse_known_args(flags)
+        self.unit = len(dataReader.FaceReader(folder / "train", 64, options.batch_size, 0))
+
+    def command(self, output, *flags):
+        command = [sys.executable, ROOT / "train.py", "--data_path", self.folder / "train",
+                   "--output_path", output, *self.flags, *flags]
+        return [*map(str, command)]
+
+    def seconds_per_iteration(self):
+        """The median time between rows of losses.csv of a run that is stopped."""
+        with tempfile.TemporaryDirectory() as output, tempfile.TemporaryFile("w+") as errors:
+            command = self.command(output, "--epochs", 1000, "--log_every", 1,
+                                   "--save_minutes", 1e6, "--sample_every", 10**9)
+            with subprocess.Popen(
+                    command, env=ENV, stdout=subprocess.DEVNULL, stderr=errors) as process:
+                try:
+                    times = watch_rows(process, Path(output) / "losses.csv")
+                finally:
+                    process.kill()
+            if times is None:
+                errors.seek(0)
+                raise Problem(f"train.py failed:\n{errors.read()[-1000:]}")
+        return float(median(np.diff(times)))
+
+    def place(self, seed):
+        return self.folder / f"{self.name}-{seed}"
+
+    def snapshot(self, seed, count):
+        return self.place(seed) / f"generator-{count}.safetensors"
+
+    def train(self, seed, counts):
+        for count in counts:
+            if self.snapshot(seed, count).exists():
+                continue
+            command = self.command(self.place(seed), "--seed", seed,
+                                   "--epochs", count // self.unit)
+            if subprocess.run(command, env=ENV, stdout=subprocess.DEVNULL).returncode:
+                raise Problem(f"{shlex.join(command)} failed or was stopped: see above")
+            copy = self.place(seed) / "generator.new"
+            shutil.copy(self.place(seed) / "generator.safetensors", copy)
+            copy.rename(self.snapshot(seed, count))
+
+    def faces(self, seed, count, which):
+        path = self.snapshot(seed, count)
+        faces, step = measures.draw(path, which, self.faces_drawn)
+        if step != count:
+            raise Problem(f"{self.place(seed)} had been trained for {step} iterations already: for"
+                          f" {count}, pass another folder")
+        return faces
+
+
+def watch_rows(process, csv):
+    """Times at which a process added rows to a csv, for `SPEED_SECONDS`; None if it ended before.
+
+    The first three are skipped: those iterations are longer, and a checkpoint is saved meanwhile.
     """
-    found = shares_found(images)
-    to_trained_on = distance_to_nearest(images, reference.trained_on)
-    return {"distance": float(reference.distance(images)),
-            "spread": float(mean_distance(images) / reference.spread),
-            "found": [found[name] / share for name, share in reference.found.items()],
-            "memory": float(to_trained_on / distance_to_nearest(images, reference.held_out))}
+    rows = 0
+    times = []
+    while len(times) < 4 or times[-1] - times[0] < SPEED_SECONDS:
+        if process.poll() is not None:
+            return None
+        time.sleep(0.002)
+        rows_now = csv.read_bytes().count(b"\n") - 1 if csv.exists() else 0  # without the header
+        if rows_now > max(rows, 3):
+            times.append(time.perf_counter())
+        rows = rows_now
+    return times
 
 
-def draw(path, which, count):
-    """Draw faces, uint8 `[count, 3, S, S]`, with a generator's file, those of generator.py's seed 1.
+def make_trainings(folder, options, faces):
+    """All trainings by name; without PyTorch's example if there is no PyTorch."""
+    ours = shlex.split(options.ours)
+    theirs = shlex.split(options.theirs)
+    trainings = {}
+    trainings["page"] = Recipe(
+        folder, "page", sys.executable, "dcgan_docs.py", ["--onednn", *theirs], faces)
+    if options.torch:
+        trainings["pytorch"] = Recipe(
+            folder, "pytorch", options.torch, "dcgan_torch.py", theirs, faces)
+    trainings["ours"] = Ours(folder, "ours", ours, faces)
+    trainings["ours-g1"] = Ours(folder, "ours-g1", [*ours, "--g_steps", "1"], faces)
+    trainings["ours-uniform"] = Ours(folder, "ours-uniform", [*ours, "--noise", "uniform"], faces)
+    return trainings
 
-    `which` is "averaged" or "raw" for what generator.py draws without and with `--raw`, or
-    "running" for the raw weights with the BN statistics that ran along in training.
+
+# -------------------------------------------------------------------------------------------------
+# what is kept in the folder
+
+
+def read_json(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path, value):
+    with dataReader.replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def check_settings(folder, options):
+    """Note what the folder was begun with; a Problem if it was something else."""
+    path = folder / "settings.json"
+    now = {"data": str(options.data.resolve()), "ours": options.ours, "theirs": options.theirs}
+    before = read_json(path) or now
+    for name, value in now.items():
+        if before[name] != value:
+            raise Problem(f"{folder} was begun with --{name} {shlex.quote(before[name])}: pass the"
+                          " same, or another folder")
+    write_json(path, now)
+
+
+def link_crops(folder, data):
+    """Link the crops of `data` into folder/train and folder/held_out, by their sorted names."""
+    if (folder / "train").exists():
+        return
+    names = dataReader.list_files(data)
+    if not names:
+        raise Problem(f"there are no crops in {data}: pass --data")
+    first_held_out = len(names) - measures.held_out_count(len(names))
+    for part, some in ("held_out", names[first_held_out:]), ("train", names[:first_held_out]):
+        new = folder / f"{part}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        for name in some:
+            link = new / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((data / name).resolve())
+        new.rename(folder / part)
+
+
+def measure_speeds(folder, trainings):
+    """Seconds an iteration takes, by training; measured in turns, unless they are in speed.json."""
+    path = folder / "speed.json"
+    speeds = read_json(path)
+    missing = [name for name in trainings if name not in speeds and name != "ours-uniform"]
+    taken = {name: [] for name in missing}
+    for _ in range(SPEED_TURNS):
+        for name in missing:
+            taken[name].append(trainings[name].seconds_per_iteration())
+            print(f"{name}: {taken[name][-1]:.3f} s an iteration", file=sys.stderr)
+    for name in missing:
+        speeds[name] = median(taken[name])
+    write_json(path, speeds)
+    return {**speeds, "ours-uniform": speeds["ours"]}  # which does nothing else
+
+
+# -------------------------------------------------------------------------------------------------
+# the tables
+
+
+def count_iterations(trainings, speeds, options):
+    """Iterations of every training, by name, in two dicts: at equal seconds, at equal iterations.
+
+    Ours trains for whole epochs, and the seconds are those that ours takes.
     """
-    import network
-    import weightInit
-    from weightInit import paddle
-
-    weightInit.use_device("cpu")
-    generator, info = network.load_generator(path, raw=which != "averaged")
-    if which == "running":
-        tensors, _ = weightInit.read_tensors(path, "generator")
-        generator.set_state_dict({
-            name.removeprefix("raw."): paddle.to_tensor(value)
-            for name, value in tensors.items() if name.startswith("raw.")})
-    z = network.face_latents(1, range(count), info["z_dim"], info["noise"])
-    parts = [network.draw_faces(generator, z[start:start + 100]) for start in range(0, count, 100)]
-    return np.concatenate(parts)
-
-
-HEADER = ("| drawn by | distance | spread | found | memory |\n"
-          "| --- | --- | --- | --- | --- |")
+    wanted = options.iterations
+    if wanted is None:
+        wanted = 60 * options.minutes / speeds["ours"]
+    unit = trainings["ours"].unit
+    count = max(1, round(wanted / unit)) * unit
+    seconds = count * speeds["ours"]
+    at_equal_seconds = {
+        name: max(1, round(seconds / speeds[name] / training.unit)) * training.unit
+        for name, training in trainings.items()}
+    columns = {"equal seconds": at_equal_seconds}
+    if not options.seconds_only:
+        columns["equal iterations"] = dict.fromkeys(trainings, count)
+    return columns
 
 
-def cells(measures):
-    """A row's cells of distance, spread, the three shares found and memory."""
-    found = ", ".join(f"{share:.2f}" for share in measures["found"])
-    return (f"{measures['distance']:.1f} | {measures['spread']:.2f} | {found} |"
-            f" {measures['memory']:.3f}")
+def measure_row(folder, row, training, seed, count, reference):
+    """Measures of a row's faces; kept in measures.json, and 20 faces in a picture."""
+    path = folder / "measures.json"
+    kept = read_json(path)
+    key = f"{row.name}, seed {seed}, {count} iterations"
+    if key not in kept:
+        faces = training.faces(seed, count, row.which)
+        picture = folder / "pictures" / f"quality_{row.name}_{count}_{seed}.png"
+        picture.parent.mkdir(exist_ok=True)
+        dataReader.save_png(picture, dataReader.grid(faces[:20], columns=10))
+        kept[key] = measures.measure(faces, reference)
+        write_json(path, kept)
+        print(f"{key}: {measures.cells(kept[key])}", file=sys.stderr)
+    return kept[key]
 
 
-def measure_generators(paths, data):
-    """Print the measures of generators' files against the held-out crops of a folder."""
-    reference = make_reference(dataReader.FaceReader(data, 64, 1, 0).images)
-    found = ", ".join(f"{share:.2f}" for share in reference.found.values())
-    print(f"{len(reference.held_out)} crops held out; faces found in {found} of them by"
-          f" {', '.join(reference.found)}\n\n{HEADER}")
-    floor = measure(reference.as_if_drawn, reference)
-    print(f"| training crops, as if drawn | {cells(floor)} |", flush=True)
-    for path in paths:
-        faces = draw(path, "averaged", len(reference.held_out))
-        print(f"| {path} | {cells(measure(faces, reference))} |", flush=True)
+TABLE = ("| drawn by | minutes | iterations | distance | of the better peer's | spread |"
+         " faces found | memory | 20 faces |\n" + "| --- " * 9 + "|")
+
+
+def table(found, counts, speeds, seeds, floor):
+    """Markdown; `found` has the measures by (row's name, seed, iterations), as far as they are."""
+    by_row = {}
+    for row in ROWS:
+        some = [found.get((row.name, seed, counts.get(row.training))) for seed in seeds]
+        by_row[row.name] = [each for each in some if each]
+    peers = [mean(each["distance"] for each in by_row[name]) for name in PEERS if by_row[name]]
+    lines = [TABLE]
+    for row in ROWS:
+        if not by_row[row.name]:
+            continue
+        count = counts[row.training]
+        distances = [each["distance"] for each in by_row[row.name]]
+        ratio = f"{mean(distances) / min(peers):.2f}" if peers else ""
+        spread = mean(each["spread"] for each in by_row[row.name])
+        memory = mean(each["memory"] for each in by_row[row.name])
+        shares = np.mean([each["found"] for each in by_row[row.name]], axis=0)
+        lines.append(
+            f"| {row.title} | {count * speeds[row.training] / 60:.1f} | {count:,} |"
+            f" {', '.join(f'{distance:.0f}' for distance in distances)} | {ratio} | {spread:.2f} |"
+            f" {', '.join(f'{share:.2f}' for share in shares)} | {memory:.2f} |"
+            f" ![20 faces](.github/quality_{row.name}_{count}_{seeds[0]}.png) |")
+    lines.append(f"| real crops, as if drawn: the best there is | | | {floor['distance']:.0f} | |"
+                 f" {floor['spread']:.2f} |"
+                 f" {', '.join(f'{share:.2f}' for share in floor['found'])} |"
+                 f" {floor['memory']:.2f} | |")
+    return "\n".join(lines)
+
+
+def describe(machine, trainings, speeds, reference, train_count, options):
+    """What a reader of the tables must know, as Markdown."""
+    shares = [f"{name} {share:.2f}" for name, share in reference.found.items()]
+    each = [f"{name} {speeds[name]:.3g}" for name in trainings]
+    theirs = "their own width and batch"
+    if options.theirs:
+        theirs += f", but `{options.theirs}`"
+    return (f"{machine}. {train_count:,} crops to train on, {len(reference.held_out):,} held out."
+            f" Ours: `train.py {options.ours}`; the others: {theirs}."
+            f" Distance by seed ({', '.join(map(str, options.seeds))}), the rest in the mean."
+            f" Faces found by three detectors over what they find in the held-out crops"
+            f" ({', '.join(shares)}). Seconds an iteration, alone: {', '.join(each)}.")
+
+
+def train_and_measure(training, seed, counts, folder, reference):
+    """Train for all counts of iterations; return measures by (row's name, seed, iterations)."""
+    training.train(seed, counts)
+    found = {}
+    for row in ROWS:
+        if row.training != training.name:
+            continue
+        for count in counts:
+            found[row.name, seed, count] = measure_row(
+                folder, row, training, seed, count, reference)
+    return found
+
+
+def make_table(options, machine):
+    """Train, measure and print the tables; `options` are those of bench.py."""
+    folder = options.quality.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    measures.detectors()  # which may be missing: better known before the training than after
+    check_settings(folder, options)
+    link_crops(folder, options.data)
+    train = dataReader.FaceReader(folder / "train", 64, 1, 0).images
+    held_out = dataReader.FaceReader(folder / "held_out", 64, 1, 0).images
+    trainings = make_trainings(folder, options, len(held_out))
+    speeds = measure_speeds(folder, trainings)
+    if options.speed:
+        return
+    columns = count_iterations(trainings, speeds, options)
+    reference = measures.make_reference(train, held_out)
+    floor = measures.measure(reference.as_if_drawn, reference)
+    text = describe(machine, trainings, speeds, reference, len(train), options)
+
+    found = {}
+    for column in columns.values():
+        for seed, name in itertools.product(options.seeds, trainings):
+            counts = sorted({each[name] for each in columns.values()})
+            counts = [count for count in counts if count <= column[name]]  # in ascending order
+            found |= train_and_measure(trainings[name], seed, counts, folder, reference)
+            tables = [f"At {title}:\n\n{table(found, each, speeds, options.seeds, floor)}"
+                      for title, each in columns.items()]
+            (folder / "table.md").write_text("\n\n".join([text, *tables]) + "\n")
+    print((folder / "table.md").read_text())
