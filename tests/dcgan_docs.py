@@ -9,7 +9,7 @@ step of D on real images and another on generated ones, one of G on new latent v
 in train mode, with their own batch's statistics. The page's code stops at its first loss with
 today's Paddle; this is its algorithm. What is written: see recipe.py.
 
-`--onednn` runs its large convolutions as ours are run on a CPU, which the page does not: so that it
+`--onednn` runs its convolutions as ours are run on a CPU, which the page does not: so that it
 is not beaten by slowness alone.
 Source: docs/practices/gan/dcgan_face in github.com/PaddlePaddle/docs, written anew.
 """
@@ -28,41 +28,40 @@ from weightInit import bn_initializer, paddle, weight_initializer
 nn = paddle.nn
 
 
-def conv(channels_in, channels_out, onednn, stride=2, padding=1):
-    """A convolution of the page's, or with `onednn` one of network.py's, which halves an image."""
-    if onednn:
-        return network.Conv(channels_in, channels_out)
-    return nn.Conv2D(channels_in, channels_out, 4, stride, padding,
-                     weight_attr=weight_initializer, bias_attr=False)
+class Layers:
+    """The layers of the page, whose convolutions are Paddle's or, with `onednn`, network.py's."""
 
+    def __init__(self, onednn):
+        self.source = network if onednn else nn
 
-def deconv(channels_in, channels_out, onednn, stride=2, padding=1):
-    """The same, transposed."""
-    if onednn:
-        return network.Deconv(channels_in, channels_out, stride, padding)
-    return nn.Conv2DTranspose(channels_in, channels_out, 4, stride, padding,
-                              weight_attr=weight_initializer, bias_attr=False)
+    def conv(self, channels_in, channels_out, stride=2, padding=1):
+        return self.source.Conv2D(channels_in, channels_out, 4, stride, padding,
+                                  weight_attr=weight_initializer, bias_attr=False)
 
+    def deconv(self, channels_in, channels_out, stride=2, padding=1):
+        return self.source.Conv2DTranspose(channels_in, channels_out, 4, stride, padding,
+                                           weight_attr=weight_initializer, bias_attr=False)
 
-def bn(channels):
-    return nn.BatchNorm2D(channels, momentum=0.8, weight_attr=bn_initializer)
+    def bn(self, channels):
+        return nn.BatchNorm2D(channels, momentum=0.8, weight_attr=bn_initializer)
 
 
 def make_generator(width, onednn):
     """`[N, 100, 1, 1]` → `[N, 3, 64, 64]`; `width` channels before the last layer."""
-    layers = [deconv(100, 8 * width, onednn, 1, 0), bn(8 * width), nn.ReLU()]  # [N, 512, 4, 4]
+    of = Layers(onednn)
+    layers = [of.deconv(100, 8 * width, 1, 0), of.bn(8 * width), nn.ReLU()]  # [N, 512, 4, 4]
     for channels in 4 * width, 2 * width, width:         # [N, 256, 8, 8] to [N, 64, 32, 32]
-        layers += [deconv(2 * channels, channels, onednn), bn(channels), nn.ReLU()]
-    return nn.Sequential(*layers, deconv(width, 3, onednn), nn.Tanh())
+        layers += [of.deconv(2 * channels, channels), of.bn(channels), nn.ReLU()]
+    return nn.Sequential(*layers, of.deconv(width, 3), nn.Tanh())
 
 
 def make_discriminator(width, onednn):
     """`[N, 3, 64, 64]` → the probability of being real, `[N, 1, 1, 1]`."""
-    layers = [conv(3, width, onednn), nn.LeakyReLU(0.2)]
+    of = Layers(onednn)
+    layers = [of.conv(3, width), nn.LeakyReLU(0.2)]
     for channels in 2 * width, 4 * width, 8 * width:     # [N, 128, 16, 16] to [N, 512, 4, 4]
-        layers += [conv(channels // 2, channels, onednn), bn(channels), nn.LeakyReLU(0.2)]
-    # the last is small: one output an image, and not worth oneDNN
-    return nn.Sequential(*layers, conv(8 * width, 1, False, 1, 0), nn.Sigmoid())
+        layers += [of.conv(channels // 2, channels), of.bn(channels), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, of.conv(8 * width, 1, 1, 0), nn.Sigmoid())
 
 
 class Page:

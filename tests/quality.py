@@ -35,8 +35,8 @@ from dataReader import Problem
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-SPEED_SECONDS = 5  # for which a recipe is tried, in each of its turns
-SPEED_TURNS = 2
+SPEED_SECONDS = 4  # for which a recipe is tried, in each of its turns
+SPEED_TURNS = 3
 
 
 @dataclass
