@@ -16,8 +16,13 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
     checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
 """
 
+import array
+import ast
 import contextlib
 import ctypes
+import dataclasses
+import functools
+import hashlib
 import itertools
 import os
 import re
@@ -82,11 +87,37 @@ DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output", "width": 16, "ba
         "learning_rate": 0.0005, "epochs": 17, "sample_every": 100}
 
 # --- the algorithm -------------------------------------------------------------------------------
-def descend(loss, net, optimizer, scaler):
-    """One optimizer step of a network down the gradient of a loss, a 0-D tensor.
+@dataclasses.dataclass
+class State:
+    """What training changes; the checkpoint holds all of it."""
 
-    `scaler`, a paddle.amp.GradScaler, does nothing unless training in float16.
-    """
+    generator: network.Generator
+    discriminator: network.Discriminator
+    average: network.Generator  # whose weights are means of the generator's: it draws the faces
+    generator_optimizer: paddle.optimizer.Adam
+    discriminator_optimizer: paddle.optimizer.Adam
+    scaler: paddle.amp.GradScaler  # does nothing unless training in float16
+    step: int = 0  # iterations done
+
+
+def build(options, amp):
+    """Make the State that training begins with, from the seed; `amp` is as in `iterate`."""
+    paddle.seed(options.seed)
+    generator = network.Generator(options.z_dim, options.image_size, options.width)
+    discriminator = network.Discriminator(options.image_size, options.width)
+    average = network.Generator(options.z_dim, options.image_size, options.width)
+    average.eval()
+    network.average_weights(average, generator, 0)
+    optimizers = [
+        paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
+                              parameters=net.parameters())
+        for net in (generator, discriminator)]
+    scaler = paddle.amp.GradScaler(amp == "float16")
+    return State(generator, discriminator, average, *optimizers, scaler)
+
+
+def descend(loss, net, optimizer, scaler):
+    """One optimizer step of a network down the gradient of a loss, a 0-D tensor."""
     scaler.scale(loss).backward()
     if dist.get_world_size() > 1:  # their mean, before the scaler looks for an overflow
         dist.fleet.utils.hybrid_parallel_util.fused_allreduce_gradients(net.parameters(), None)
@@ -101,11 +132,13 @@ def d_step(D, optimizer, scaler, real, fake):
     `real` and `fake` are `[N, 3, S, S]` in [-1, 1]; no gradient flows on into `fake`. Returns 0-D
     tensors: that sum in nats, D(x) and D(G(z)), the mean probabilities of being real.
     """
-    logits_real, logits_fake = D(real), D(fake.detach())
+    logits_real = D(real)
+    logits_fake = D(fake.detach())
     d_loss = network.loss(logits_real, 1) + network.loss(logits_fake, 0)
     descend(d_loss, D, optimizer, scaler)
-    return d_loss.detach(), *(F.sigmoid(network.margin(logits.detach())).mean()
-                              for logits in (logits_real, logits_fake))
+    d_real = F.sigmoid(network.margin(logits_real.detach())).mean()
+    d_fake = F.sigmoid(network.margin(logits_fake.detach())).mean()
+    return d_loss.detach(), d_real, d_fake
 
 
 def g_step(G, D, optimizer, scaler, fake):
@@ -113,76 +146,91 @@ def g_step(G, D, optimizer, scaler, fake):
 
     `fake` are images `[N, 3, S, S]` with the way back to G's parameters; D's are frozen meanwhile.
     """
-    frozen = [parameter for parameter in D.parameters() if not parameter.stop_gradient]
-    for parameter in frozen:
+    trainable = [parameter for parameter in D.parameters() if not parameter.stop_gradient]
+    for parameter in trainable:
         parameter.stop_gradient = True
     g_loss = network.loss(D(fake), 1)
     descend(g_loss, G, optimizer, scaler)
-    for parameter in frozen:
+    for parameter in trainable:
         parameter.stop_gradient = False
     return g_loss.detach()
 
 
-def iterate(nets, optimizers, scaler, images, z, d_steps, amp=None, draws=None):
+def iterate(state, images, z, numbers, d_steps, amp=None):
     """One iteration: `d_steps` discriminator steps, then generator steps (§4).
 
     The first generator step is on the images that the last discriminator step saw, which saves
     making them again; D has changed since, so its verdict on them is new.
 
     Args:
-        nets, optimizers: dicts with the keys "D" and "G".
+        state: a State, whose networks and optimizers are changed.
         images: uint8 tensor `[N, 3, S, S]`.
-        z: latent vectors, a tensor `[d_steps + generator steps - 1, N, z_dim]`.
+        z: latent vectors, a tensor `[d_steps + g_steps - 1, N, z_dim]`.
+        numbers: of `network.augment`, a tensor `[2·d_steps + g_steps, N, 7]`, or None.
         amp: "bfloat16" or "float16" for mixed precision, None for float32.
-        draws: of `network.augment`, `[2·d_steps + generator steps, N, 7]`, or None.
 
     Returns:
         Tensor `[4]`, on the device: D's loss, G's loss, D(x), D(G(z)) of each network's last step.
     """
-    G, D = nets["G"], nets["D"]
+    G, D, scaler = state.generator, state.discriminator, state.scaler
+    numbers_left = itertools.repeat(None) if numbers is None else iter(numbers)
+
+    def varied(images):
+        return network.augment(images, next(numbers_left))
+
     real = images.astype("float32") / 127.5 - 1
-    draws = itertools.repeat(None) if draws is None else iter(draws)
     # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
     with paddle.amp.auto_cast(amp is not None, {"conv2d_transpose"}, dtype=amp or "float16"):
-        for draw in range(d_steps):
-            fake = G(z[draw])
-            seen = [network.augment(half, next(draws)) for half in (real, fake)]
-            d_loss, d_real, d_fake = d_step(D, optimizers["D"], scaler, *seen)
-        g_loss = g_step(G, D, optimizers["G"], scaler, network.augment(fake, next(draws)))
-        for draw in range(d_steps, len(z)):
-            g_loss = g_step(G, D, optimizers["G"], scaler, network.augment(G(z[draw]), next(draws)))
+        for turn in range(d_steps):
+            fake = G(z[turn])
+            d_loss, d_real, d_fake = d_step(
+                D, state.discriminator_optimizer, scaler, varied(real), varied(fake))
+        g_loss = g_step(G, D, state.generator_optimizer, scaler, varied(fake))
+        for turn in range(d_steps, len(z)):
+            fake = G(z[turn])
+            g_loss = g_step(G, D, state.generator_optimizer, scaler, varied(fake))
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
 
 
-def batches(reader, options, step):
-    """Yield (step, epoch, batch, images, z) of each iteration after `step`, all counted from 1.
+def random_numbers(options, step, rank):
+    """All chance of iteration `step`, from 1: (latent vectors, numbers for augmentation or None).
 
-    Here alone step, epoch and batch are turned into each other. images, z and, with `augment`, also
-    draws are for `iterate`, on a GPU once they have been copied there from page-locked memory,
-    which need not be waited for.
+    float32 arrays as `iterate` takes them, drawn for process `rank` from keys, not from a state.
     """
-    place = None if paddle.get_device() == "cpu" else paddle.CUDAPinnedPlace()
-    while step < options.epochs * len(reader):
-        epoch, batch = divmod(step, len(reader))  # that are done
-        for images in reader.epoch(epoch + 1, batch):
-            step, batch = step + 1, batch + 1
-            # a key's last number is not 0, or these would be faces of generator.py: see `latent`
-            key, count = [options.seed, step, reader.rank], 2 * options.d_steps + options.g_steps
-            z = [network.latent([*key, draw + 1], [len(images), options.z_dim], options.noise)
-                 for draw in range(options.d_steps + options.g_steps - 1)]
-            draws = [network.latent([*key, 0, 1], [count, len(images), 7], "uniform")
-                     ] if options.augment else []
-            yield (step, epoch + 1, batch, *(paddle.to_tensor(value, place=place)
-                                             for value in (images, np.stack(z), *draws)))
+    # a key's last number is not 0, or these would be faces of generator.py: see `latent`
+    key = [options.seed, step, rank]
+    z = [network.latent([*key, turn + 1], [options.batch_size, options.z_dim], options.noise)
+         for turn in range(options.d_steps + options.g_steps - 1)]
+    numbers = None
+    if options.augment:
+        shape = [2 * options.d_steps + options.g_steps, options.batch_size, 7]
+        numbers = network.latent([*key, 0, 1], shape, "uniform")
+    return np.stack(z), numbers
+
+
+def to_device(array):
+    """An array as a tensor; None stays None. A copy to a GPU is begun and not waited for."""
+    if array is None or paddle.get_device() == "cpu":
+        return None if array is None else paddle.to_tensor(array)
+    # Paddle keeps the page-locked memory until the copy has been done.
+    return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
 
 
 # --- several processes, one a device, started by Paddle's launcher -------------------------------
-# The rule: all make all calls, since each may wait for the others; where a file is written, and
-# only there, `first()` is asked.
+# The rule: all make all calls, since each may wait for the others; where a file or a line is
+# written, and only there, `is_main()` is asked.
 
-def first():
+def is_main():
     """Whether this process is the one that writes."""
     return dist.get_rank() == 0
+
+
+def from_main(value):
+    """The first process's value, on all of them."""
+    values = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def check_same(value, what):
@@ -194,24 +242,25 @@ def check_same(value, what):
         raise Problem(f"{what} differ between the processes")
 
 
-def begin(options):
+def set_up(options):
     """Return (this process's FaceReader, type of mixed precision); all processes have joined then.
 
     The images are packed first, since who waits for the others gives up after 15 minutes.
     """
     if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+    weightInit.use_device(options.device)
     reader = dataReader.FaceReader(
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
         dist.get_world_size(), options.flip)  # one process packs, the others wait
-    if len(reader.images) < 1000 and not options.augment and first():
+    if len(reader.images) < 1000 and not options.augment and is_main():
         say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
             " --augment")
-    weightInit.use_device(options.device)
     if dist.get_world_size() > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU
     amp = weightInit.amp_type(options.amp)
-    check_same((vars(options), reader.digest, amp), "the settings, the images or the cards' types")
+    check_same((vars(options), code_digest(), reader.digest, amp),
+               "the settings, the code, the images or the cards' types")
     if paddle.get_device() != "cpu":  # cuDNN's fastest algorithms, or those that repeat to the bit
         name = "FLAGS_cudnn_deterministic"
         exact = options.deterministic or paddle.get_flags(name)[name]  # both at once is an error
@@ -220,207 +269,299 @@ def begin(options):
 
 
 # --- the files of a run --------------------------------------------------------------------------
-ALGORITHM = 1  # raise it when you change what an iteration computes, and older runs are refused
-BEFORE = {"algorithm": 1, "processes": 1, "augment": False, "flip": False}  # unnamed in old runs
 # What may differ when a run goes on: none of it changes an iteration.
-FREE = {"data_path", "demo", "epochs", "device", "deterministic", "output_path", "log_every",
-        "sample_every", "save_minutes", "restart"}
-WAYS = "pass another --output_path, or --restart to move the old run aside"
-DIVERGED = f"the last checkpoint is kept. What usually helps: half the --learning_rate; {WAYS}"
+MAY_CHANGE = {"data_path", "epochs", "device", "deterministic", "output_path", "log_every",
+              "sample_every", "save_minutes", "restart", "demo"}
+START_OVER = "pass another --output_path, or --restart to move the old run aside"
+DIVERGED = ("the last checkpoint is kept. What usually helps: half the --learning_rate;"
+            f" {START_OVER}")
 
 
-def open_output(options, stack):
-    """Make the output folder, keep other runs out until `stack` (an ExitStack) ends; its Path."""
+@functools.cache  # the code that runs, even if the file is edited meanwhile
+def code_digest():
+    """SHA-1 of what network.py and this file do: comments, docstrings, settings do not count."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for file in network.__file__, __file__:
+        source = Path(file).read_text(encoding="utf-8")
+        code = re.sub(r"# --- settings.*?# --- the algorithm", "", source, count=1, flags=re.DOTALL)
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            may_have_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            if may_have_docstring and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def output_folder(options):
+    """Make the output folder and keep other runs out of it meanwhile; yields its Path."""
     folder = Path(options.output_path)
+    if not is_main():
+        yield folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another train.py is writing to {folder}: wait for it, or pass another --output_path"
-    stack.enter_context(dataReader.locked(folder, busy))
-    if options.restart and any(folder.glob("*.safetensors")):
-        aside = (Path(f"{folder}.{number}") for number in itertools.count(1))
-        aside = folder.rename(next(path for path in aside if not path.exists()))
-        say(f"the run in {folder} is now in {aside}")
-        folder.mkdir()
-        stack.enter_context(dataReader.locked(folder, busy))
-    return folder
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(dataReader.locked(folder, busy))
+        if options.restart and any(folder.glob("*.safetensors")):
+            numbered = (Path(f"{folder}.{number}") for number in itertools.count(1))
+            aside = folder.rename(next(path for path in numbered if not path.exists()))
+            say(f"the run in {folder} is now in {aside}")
+            folder.mkdir()
+            locks.enter_context(dataReader.locked(folder, busy))
+        yield folder
 
 
-def weights(nets):
-    """All weights and BN statistics by name, e.g. `G.layers.3.weight`."""
-    return {f"{name}.{key}": value for name, net in nets.items()
-            for key, value in net.state_dict().items()}
+def tensors_by_name(state):
+    """All tensors of a State: `G.layers.3.weight`, `D.layers.0.weight.moment1`, and so on.
+
+    Those of Adam are there from its first step on; Paddle makes up other names in each process.
+    """
+    tensors = {}
+    for prefix, net, optimizer in (
+            ("G", state.generator, state.generator_optimizer),
+            ("D", state.discriminator, state.discriminator_optimizer),
+            ("average", state.average, None)):
+        adam = optimizer.state_dict() if optimizer else {}
+        for name, weight in net.state_dict().items():
+            tensors[f"{prefix}.{name}"] = weight
+            for kind in "moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc":
+                if f"{weight.name}_{kind}_0" in adam:
+                    tensors[f"{prefix}.{name}.{kind}"] = adam[f"{weight.name}_{kind}_0"]
+    return tensors
 
 
-def adam_state(nets):
-    """Of the state of both Adams (key, shape) by name; Paddle makes its keys up in each run."""
-    return {f"{name}.{kind}": (f"{value.name}_{kind}_0", value.shape if "moment" in kind else [1])
-            for name, value in weights(nets).items()
-            if not name.startswith("average") and not value.stop_gradient
-            for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")}
-
-
-def save(folder, nets, optimizers, scaler, settings, step):
-    """Save all that training changes as the checkpoint, what generator.py needs, and the curves.
+def save(folder, state, settings, history):
+    """Save all that training changes as the checkpoint, and what generator.py needs.
 
     Raises a Problem if a weight is not finite, or not the same on all processes.
     """
-    adam = {**optimizers["G"].state_dict(), **optimizers["D"].state_dict()}
-    tensors = weights(nets) | {name: adam[key] for name, (key, _) in adam_state(nets).items()}
-    tensors = {name: value.numpy() for name, value in tensors.items()}
-    for name, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise Problem(f"{name} is no longer finite at iteration {step}; {DIVERGED}")
-    check_same(weightInit.checksum({  # each process has its own statistics of batch normalization
-        name: value for name, value in tensors.items()
-        if not name.endswith(("_mean", "_variance"))}, ""), f"the networks at iteration {step}")
-    if first():
+    arrays = {name: tensor.numpy() for name, tensor in tensors_by_name(state).items()}
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise Problem(f"{name} is no longer finite at iteration {state.step}; {DIVERGED}")
+    same = {name: values for name, values in arrays.items()  # each has BN statistics of its own
+            if not name.endswith(("_mean", "_variance"))}
+    check_same(weightInit.checksum(same, ""), f"the networks at iteration {state.step}")
+    if is_main():
         # empty unless enabled; the scale is an array, which JSON cannot hold
-        scale = {key: np.asarray(value).tolist() for key, value in scaler.state_dict().items()}
-        draw_run(folder, settings["image_size"])
-        network.save_generator(folder / "generator.safetensors", nets["average"], nets["G"],
-                               settings["noise"], step)
+        scaler = {key: np.asarray(value).tolist()
+                  for key, value in state.scaler.state_dict().items()}
+        network.save_generator(folder / "generator.safetensors", state.average, state.generator,
+                               settings["noise"], state.step)
         # last, so that a killed run's generator is never older than its checkpoint
-        weightInit.write_tensors(folder / "checkpoint.safetensors", tensors, {
-            "kind": "checkpoint", "step": step, "settings": settings, "scaler": scale})
+        weightInit.write_tensors(folder / "checkpoint.safetensors", arrays, {
+            "kind": "checkpoint", "step": state.step, "settings": settings, "scaler": scaler,
+            "code": code_digest()})
+        draw_curves(folder / "losses.png", history)
+        draw_progress(folder, settings["image_size"])
 
 
 def read_checkpoint(path, settings):
-    """Read (tensors, step, scaler's state); a Problem if it is damaged or of other settings."""
+    """Read (arrays, info); a Problem if the file is damaged or of other settings."""
     try:
-        tensors, info = weightInit.read_tensors(path, "checkpoint")
-        old, step, scale = {**BEFORE, **info["settings"]}, int(info["step"]), info.get("scaler", {})
+        arrays, info = weightInit.read_tensors(path, "checkpoint")
+        old = dict(info["settings"])
+        info["step"] = int(info["step"])
     except (Problem, KeyError, TypeError, ValueError) as error:
-        raise Problem(f"cannot go on from {path}: {error}; {WAYS}") from error
-    different = [f"{name} {old.get(name)} (now {settings.get(name)})"
-                 for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
-    if different:
-        raise Problem(f"the run in {path.parent} has {', '.join(different)}: set it back, {WAYS}")
-    return tensors, step, scale
+        raise Problem(f"cannot go on from {path}: {error}; {START_OVER}") from error
+    changed = [f"{name} {old.get(name)} (now {settings.get(name)})"
+               for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
+    if changed:
+        raise Problem(f"the run in {path.parent} has {', '.join(changed)}: set it back,"
+                      f" {START_OVER}")
+    if info.get("code") != code_digest():
+        say(f"{path.parent}: the code of network.py or train.py has changed since iteration"
+            f" {info['step']}")
+    return arrays, info
 
 
-def load(folder, nets, optimizers, scaler, settings):
-    """Set what training changes from the first process's checkpoint; return its step, or 0."""
-    path, saved = folder / "checkpoint.safetensors", [None]
-    if first() and path.exists():
-        saved = [read_checkpoint(path, settings)]
-    elif first() and (folder / "generator.safetensors").exists():
-        raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {WAYS}")
-    now, adam = weights(nets), adam_state(nets)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(saved, 0)
-        for value in now.values():  # one seed is not one stream on different cards
-            dist.broadcast(value, 0)
-    if not saved[0]:
-        return 0
-    tensors, step, scale = saved[0]
-    weightInit.check_shapes(tensors, {name: value.shape for name, value in now.items()}
-                            | {name: shape for name, (_, shape) in adam.items()}, path)
-    for name, value in now.items():
-        value.set_value(tensors[name])
-    for optimizer in optimizers.values():
-        optimizer.set_state_dict(
-            {key: paddle.to_tensor(tensors[name]) for name, (key, _) in adam.items()})
-    scaler.load_state_dict(scale)  # does nothing unless it is enabled
-    return step
+def load(folder, state, settings):
+    """Set a new State to the first process's checkpoint, if there is one."""
+    path = folder / "checkpoint.safetensors"
+    saved = None
+    if is_main() and path.exists():
+        saved = read_checkpoint(path, settings)
+    elif is_main() and (folder / "generator.safetensors").exists():
+        raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {START_OVER}")
+    saved = from_main(saved)
+    if saved is None:
+        if dist.get_world_size() > 1:  # one seed is not one stream on different cards
+            for tensor in tensors_by_name(state).values():
+                dist.broadcast(tensor, 0)
+        return
+    arrays, info = saved
+    for net, optimizer in ((state.generator, state.generator_optimizer),
+                           (state.discriminator, state.discriminator_optimizer)):
+        # A step with gradients of zero: Adam makes what it keeps, where it wants it. On a GPU
+        # set_state_dict puts the powers of beta on the card, which takes another kernel.
+        for parameter in net.parameters():
+            if not parameter.stop_gradient:
+                parameter.grad = paddle.zeros_like(parameter)
+        optimizer.step()
+        optimizer.clear_grad(False)
+    tensors = tensors_by_name(state)
+    weightInit.check_shapes(
+        arrays, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    for name, tensor in tensors.items():
+        tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
+    state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
+    state.step = info["step"]
 
 
-# --- what a run shows ----------------------------------------------------------------------------
-LONG = 300  # iterations without a face that D takes for real, after which D has won
+# --- losses.csv ----------------------------------------------------------------------------------
+D_WON_AFTER = 300  # iterations without a face that D takes for real
 
 
-class Losses:
-    """losses.csv, cut after iteration `step`, since what came then will come again."""
+def cut_table(path, step):
+    """Rewrite losses.csv up to iteration `step`, since what came then will come again.
 
-    def __init__(self, path, step):
-        # pending: (step, epoch, batch, tensor of `iterate`, what it was made of). `flush` alone
-        # waits for the device; until then, copies from page-locked memory may be under way.
-        self.path, self.pending, self.won = path, [], 0
-        if first():
-            old = path.read_bytes() if path.exists() else b""
-            rows = [row for row in re.findall(rb"^\d+,.*\n", old, re.MULTILINE)  # whole ones
-                    if int(row.split(b",")[0]) <= step]
-            with dataReader.replacing(path) as file:
-                file.writelines([b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n", *rows])
-
-    def flush(self, due):
-        """Write what is pending.
-
-        Returns D's loss, G's loss, D(x), D(G(z)) of the last iteration, and `due`, a bool, as it is
-        for the first process.
-        """
-        flags = paddle.full([4], float(bool(due) and first()))
-        values, lines = paddle.stack([*(value for *_, value, _ in self.pending), flags]), ""
-        if dist.get_world_size() > 1:
-            dist.all_reduce(values)
-        *values, flags = values.numpy() / dist.get_world_size()
-        for (step, epoch, batch, *_), row in zip(self.pending, values, strict=True):
-            if not np.isfinite(row).all():
-                raise Problem(f"the loss of iteration {step} is not finite; {DIVERGED}")
-            lines += f"{step},{epoch},{batch}," + ",".join(f"{value:.6g}" for value in row) + "\n"
-            self.won = self.won % LONG + 1 if row[3] < 0.01 else 0
-            if self.won == LONG and first():
-                say(f"iteration {step}: D has won, no face has fooled it for {LONG} iterations."
-                    f" What usually helps: --g_steps 3, or half the --learning_rate; {WAYS}")
-        self.pending.clear()
-        if first():
+    Returns the numbers of each row, step, losses, D(x) and D(G(z)), one after another; rows that
+    are not whole are left out, as are columns of others.
+    """
+    history = array.array("f")  # 20 bytes an iteration: the curves are drawn of it
+    if not is_main():
+        return history
+    with open(path if path.exists() else os.devnull, "rb") as old, \
+            dataReader.replacing(path) as new:
+        new.write(b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n")
+        for line in old:
+            cells = line.split(b",")[:7]
             try:
-                with open(self.path, "a") as file:
-                    file.write(lines)
-            except OSError as error:
-                raise Problem(f"cannot write {self.path}: {error.strerror}") from error
-        return row, flags[0] > 0
+                row_step, _, _, *losses = map(float, cells)
+            except ValueError:
+                continue
+            if line.endswith(b"\n") and len(losses) == 4 and row_step <= step:
+                new.write(b",".join(cells).strip() + b"\n")
+                history.extend([row_step, *losses])
+    return history
 
 
-def draw_run(folder, size):
-    """Draw what train.py's folder tells (§5): losses.png, and progress.gif of faces of `size`."""
+def fetch(pending):
+    """Values of `iterate`, of all processes the mean: float32 `[iterations, 4]`.
+
+    The only place that waits for the device.
+    """
+    values = paddle.stack(pending)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values.numpy() / dist.get_world_size()
+
+
+def append_rows(path, history, places, values):
+    """Add rows to losses.csv and the same numbers to `history`.
+
+    `places` are (step, epoch, batch).
+    """
+    lines = []
+    for (step, epoch, batch), losses in zip(places, values, strict=True):
+        cells = [f"{value:.6g}" for value in losses]
+        lines.append(f"{step},{epoch},{batch},{','.join(cells)}\n")
+        history.extend([step, *map(float, cells)])
+    try:
+        with open(path, "a") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}") from error
+
+
+def d_has_won(history, new):
+    """Whether D_WON_AFTER iterations, or twice as many, ..., were full in the last `new` ones.
+
+    Counted are those since a generated image was last taken for real, be it by a hundredth.
+    """
+    fooled = np.flatnonzero(np.frombuffer(history, np.float32)[4::5] >= 0.01)
+    total = len(history) // 5
+    in_vain = total - 1 - fooled[-1] if len(fooled) else total
+    return in_vain // D_WON_AFTER > max(0, in_vain - new) // D_WON_AFTER
+
+
+def log(folder, history, pending):
+    """Fetch what is pending, write it to losses.csv and judge it; return the last values.
+
+    `pending` has values of `iterate` by (step, epoch, batch). Raises a Problem if one is not
+    finite; the rows before it are in losses.csv and losses.png then.
+    """
+    places = list(pending)
+    values = fetch(list(pending.values()))
+    finite = np.isfinite(values).all(axis=1)
+    good = len(values) if finite.all() else int(np.argmin(finite))
+    if is_main():
+        append_rows(folder / "losses.csv", history, places[:good], values[:good])
+        if d_has_won(history, good):
+            say(f"iteration {places[-1][0]}: D has won, no face has fooled it for {D_WON_AFTER}"
+                f" iterations. What usually helps: --g_steps 3, or half the --learning_rate;"
+                f" {START_OVER}")
+    if good < len(values):
+        if is_main():
+            draw_curves(folder / "losses.png", history)
+        raise Problem(f"the loss of iteration {places[good][0]} is not finite; {DIVERGED}")
+    return values[-1]
+
+
+# --- pictures ------------------------------------------------------------------------------------
+def draw_training_images(path, reader, augment):
+    """Draw 100 images of the first epoch as D sees them, mirrored or augmented."""
+    batches = [reader.batch(1, number)
+               for number in range(min(len(reader), -(-100 // reader.batch_size)))]
+    images = np.concatenate(batches)[:100]
+    if augment:
+        numbers = network.latent([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
+        scaled = paddle.to_tensor(images / np.float32(127.5) - 1)
+        varied = network.augment(scaled, paddle.to_tensor(numbers)).numpy()
+        images = (varied * 127.5 + 128).clip(0, 255).astype(np.uint8)
+    dataReader.save_png(path, dataReader.grid(images))
+
+
+def draw_curves(path, history):
+    """Draw losses.png: both losses, D(x) and D(G(z)); faint the values, strong their means (§5).
+
+    A long run is drawn in a thousand stretches: the range in each, and its mean.
+    """
     from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
 
-    table = np.atleast_1d(np.genfromtxt(
-        folder / "losses.csv", delimiter=",", names=True, invalid_raise=False))
-    grids = sorted((path for path in folder.glob("*.png") if re.fullmatch(r"\d+_\d+", path.stem)),
-                   key=lambda path: [int(part) for part in path.stem.split("_")])
+    table = np.array(history).reshape(-1, 5)
+    starts = np.arange(0, len(table), 1 + len(table) // 1000)
+    lengths = np.diff([*starts, len(table)])[:, None]
+    steps, *means = (np.add.reduceat(table, starts, dtype=np.float64) / lengths).T
+    _, *lows = np.minimum.reduceat(table, starts).T
+    _, *highs = np.maximum.reduceat(table, starts).T
     figure = Figure(figsize=(9, 8), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    mean = np.ones(1 + len(table) // 50) / (1 + len(table) // 50)
-    for axes, column, color, label in (
-            (above, "g_loss", "C0", "generator G"), (above, "d_loss", "C1", "discriminator D"),
-            (below, "d_real", "C2", "D(x), real images"),
-            (below, "d_fake", "C3", "D(G(z)), generated images")):
-        # faint the values, strong their means over a fiftieth of the run
-        axes.plot(table["step"], table[column], color, alpha=0.25, linewidth=0.5)
-        axes.plot(*(np.convolve(table[name], mean, "valid") for name in ("step", column)), color,
-                  label=label)
+    window = np.ones(1 + len(steps) // 50) / (1 + len(steps) // 50)
+    for axes, curve, color, label in (
+            (above, 1, "C0", "generator G"), (above, 0, "C1", "discriminator D"),
+            (below, 2, "C2", "D(x), real images"), (below, 3, "C3", "D(G(z)), generated images")):
+        axes.fill_between(steps, lows[curve], highs[curve], color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, means[curve], color, alpha=0.25, linewidth=0.5)
+        axes.plot(np.convolve(steps, window, "valid"), np.convolve(means[curve], window, "valid"),
+                  color, label=label)
         axes.legend(loc="lower left")
-    top = np.quantile([table["d_loss"], table["g_loss"]], 0.95)  # no spikes
+    top = np.quantile(table[:, 1:3], 0.95)  # no spikes
     above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
               ylim=(0, 1.3 * max(1, top)))
     below.set(title="What the discriminator takes for real", ylabel="probability of being real",
               ylim=(0, 1), xlabel="iteration")
-    with dataReader.replacing(folder / "losses.png") as file:
+    with dataReader.replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
-    grids = grids[::-(1 + len(grids) // 60)][::-1]  # 60 frames at most, their first 6×6 faces
-    frames = [dataReader.read_image(path).crop((0, 0) + (6 * size + 14,) * 2) for path in grids]
+
+def draw_progress(folder, size):
+    """Draw progress.gif: the first 6×6 faces, of `size` pixels, of 60 grids at most."""
+    grids = [path for path in folder.glob("*.png") if re.fullmatch(r"\d{4,}_\d{4,}", path.stem)]
+    grids.sort(key=lambda path: [int(number) for number in path.stem.split("_")])
+    shown = grids[::-(1 + len(grids) // 60)][::-1]  # the last one always
+    side = 6 * (size + 2) + 2
+    frames = [dataReader.read_image(path).crop((0, 0, side, side)) for path in shown]
     if frames:
         dataReader.save_gif(folder / "progress.gif", frames, 150, 2000)
 
 
 # --- the run -------------------------------------------------------------------------------------
-def build(options, amp):
-    """Make (nets, optimizers, scaler) from the seed; the dicts' keys are "G", "D" and "average"."""
-    paddle.seed(options.seed)
-    shape = options.image_size, options.width
-    nets = {"G": network.Generator(options.z_dim, *shape), "D": network.Discriminator(*shape),
-            "average": network.Generator(options.z_dim, *shape)}
-    nets["average"].eval()
-    network.average_weights(nets["average"], nets["G"], 0)
-    optimizers = {name: paddle.optimizer.Adam(
-        options.learning_rate, options.beta1, options.beta2, parameters=nets[name].parameters())
-        for name in ("G", "D")}
-    return nets, optimizers, paddle.amp.GradScaler(amp == "float16")
-
-
-def note_signals():
-    """Return a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
+@contextlib.contextmanager
+def noted_signals():
+    """Yield a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
     def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
         noted.append(number)
         if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
@@ -428,9 +569,10 @@ def note_signals():
         os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
 
     noted = []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, note)
-    return noted
+    if dist.get_world_size() == 1:  # else the launcher ends all processes
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, note)
+    yield noted
 
 
 def train(options):
@@ -438,59 +580,68 @@ def train(options):
 
     A SIGINT or SIGTERM becomes SystemExit, once the iteration is done and saved.
     """
-    reader, amp = begin(options)
-    settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings |= {"amp": amp or "float32", "processes": reader.world_size, "algorithm": ALGORITHM,
+    reader, amp = set_up(options)
+    settings = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+    settings |= {"amp": amp or "float32", "processes": reader.world_size,
                  "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
     z_shown = network.face_latents(options.seed, range(100), options.z_dim, options.noise)
-    with contextlib.ExitStack() as stack:
-        folder = open_output(options, stack) if first() else Path(options.output_path)
-        nets, optimizers, scaler = state = build(options, amp)
-        done = step = load(folder, *state, settings)
-        losses, saved = Losses(folder / "losses.csv", done), float("-inf")  # the first log saves
-        each, total = options.batch_size * reader.world_size, options.epochs * len(reader)
-        if done:
-            say(f"{folder}: going on after iteration {done} of {total}")
-        stops = note_signals() if reader.world_size == 1 else []
-        bar = stack.enter_context(tqdm(total=max(done, total) * each, initial=done * each,
-                                       unit="img", unit_scale=True, disable=not first()))
-        for step, epoch, batch, *sources in batches(reader, options, done):
-            images, z, *draws = (
-                source.cuda(blocking=False) if source.place.is_cuda_pinned_place() else source
-                for source in sources)
-            values = iterate(nets, optimizers, scaler, images, z, options.d_steps, amp, *draws)
-            # Warmed up: at first the average spans the last tenth of the iterations, so that a
-            # short run does not draw with the weights that it began with.
-            network.average_weights(nets["average"], nets["G"],
-                                    min(options.ema_decay, (1 + step) / (10 + step)))
-            losses.pending.append((step, epoch, batch, values, sources))
-            last, stop = step == total, stops[:1]
-            sample = last or step % options.sample_every == 0
-            if not (sample or stop or step % options.log_every == 0):
-                continue
-            bar.update(len(losses.pending) * each)
-            bar.set_description(f"epoch {epoch}/{options.epochs} it {step}/{total}", False)
-            row, store = losses.flush(
-                last or stop or time.monotonic() >= saved + 60 * options.save_minutes)
-            bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*row))
-            if sample:  # roughly, even if a save is due: grids must not depend on the clock
-                network.estimate_statistics(nets["average"], options.noise, 5 if last else 1)
-                faces = dataReader.grid(network.draw_faces(nets["average"], z_shown))
-                if first():
-                    dataReader.save_png(folder / f"{epoch:04d}_{batch:04d}.png", faces)
-            if store:
-                network.estimate_statistics(nets["average"], options.noise)
-                save(folder, *state, settings, step)
-                saved = time.monotonic()
-            if stop:
-                say(f"stopped after iteration {step}, which is saved: the same command (without"
-                    " --restart) goes on")
-                raise SystemExit(128 + stop[0])
-        if first():
-            faces = network.draw_faces(nets["average"], z_shown)
+    with output_folder(options) as folder, noted_signals() as signals:
+        state = build(options, amp)
+        load(folder, state, settings)
+        history = cut_table(folder / "losses.csv", state.step)
+        total = options.epochs * len(reader)
+        if state.step:
+            say(f"{folder}: going on after iteration {state.step} of {total}")
+        if is_main():
+            draw_training_images(folder / "training_images.png", reader, options.augment)
+        images_per_step = options.batch_size * reader.world_size
+        pending = {}  # values of `iterate` by (step, epoch, batch), until the next log
+        next_save = 0.0  # the first log saves
+        with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
+                  initial=state.step * images_per_step, disable=not is_main()) as bar:
+            while state.step < total:
+                epoch, number = divmod(state.step, len(reader))  # both from 0
+                state.step += 1
+                images = to_device(reader.batch(epoch + 1, number))
+                z, numbers = map(to_device, random_numbers(options, state.step, reader.rank))
+                values = iterate(state, images, z, numbers, options.d_steps, amp)
+                # Warmed up: at first the average spans the last tenth of the iterations, so that a
+                # short run does not draw with the weights that it began with.
+                decay = min(options.ema_decay, (1 + state.step) / (10 + state.step))
+                network.average_weights(state.average, state.generator, decay)
+                pending[state.step, epoch + 1, number + 1] = values
+
+                is_last = state.step == total
+                is_stopped = bool(signals)
+                sample_now = is_last or state.step % options.sample_every == 0
+                if not (sample_now or is_stopped or state.step % options.log_every == 0):
+                    continue
+                losses = log(folder, history, pending)
+                bar.update(len(pending) * images_per_step)
+                bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}",
+                                    refresh=False)
+                bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses))
+                pending.clear()
+                save_now = from_main(is_last or is_stopped or time.monotonic() >= next_save)
+                if sample_now:
+                    # roughly, even if a save is due: grids must not depend on the clock
+                    network.estimate_statistics(state.average, options.noise, 5 if is_last else 1)
+                    faces = dataReader.grid(network.draw_faces(state.average, z_shown))
+                    if is_main():
+                        dataReader.save_png(folder / f"{epoch + 1:04d}_{number + 1:04d}.png", faces)
+                if save_now:
+                    network.estimate_statistics(state.average, options.noise)
+                    save(folder, state, settings, history)
+                    next_save = time.monotonic() + 60 * options.save_minutes
+                if is_stopped:
+                    say(f"stopped after iteration {state.step}, which is saved: the same command"
+                        " (without --restart) goes on")
+                    raise SystemExit(128 + signals[0])
+        if is_main():
+            faces = network.draw_faces(state.average, z_shown)
             dataReader.save_grids(folder / "real_vs_fake.png",
                                   Real_faces=reader.sample(100), Generated_faces=faces)
-            print(f"{step} iterations done; to draw faces:"
+            print(f"{state.step} iterations done; to draw faces:"
                   f" python generator.py --checkpoint {folder / 'generator.safetensors'}")
 
 

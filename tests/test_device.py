@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,43 +291,23 @@ def test_cudnn_searches_unless_it_is_to_be_deterministic(card, monkeypatch, want
         digest="", images=range(5000)))
     options = SimpleNamespace(data_path="", image_size=64, batch_size=1, seed=0, device="gpu",
                               amp=True, deterministic=wanted, augment=False, flip=False)
-    _, amp = train.begin(options)
+    _, amp = train.set_up(options)
     assert amp == "bfloat16"
     assert flags == {"FLAGS_cudnn_deterministic": exact, "FLAGS_cudnn_exhaustive_search": not exact}
 
 
-def test_copies_to_the_gpu_are_not_waited_for_and_their_sources_kept(
-        trained, tmp_path, monkeypatch):
-    """A copy that is not waited for reads page-locked memory, which Paddle frees at once."""
-    class Pinned:
-        place = SimpleNamespace(is_cuda_pinned_place=lambda: True)
+def test_copies_to_the_gpu_are_not_waited_for(card, monkeypatch):
+    """From page-locked memory, which Paddle itself keeps until the copy has been done."""
+    def to_tensor(array, place):
+        assert place == "pinned"
+        return SimpleNamespace(cuda=lambda blocking: ("on its way", array, blocking))
 
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def cuda(self, blocking):
-            assert not blocking
-            sources.append(weakref.ref(self))
-            return self.tensor
-
-    def pinned(*args):
-        for step, epoch, batch, *tensors in batches(*args):
-            yield step, epoch, batch, *map(Pinned, tensors)
-
-    def flush(self, due):
-        assert len(sources) == 9  # images, z and draws of three iterations
-        assert all(source() is not None for source in sources)
-        sources.clear()
-        return original(self, due)
-
-    sources, batches, original = [], train.batches, train.Losses.flush
-    monkeypatch.setattr("train.batches", pinned)
-    monkeypatch.setattr("train.Losses.flush", flush)
-    (tmp_path / "imgs").symlink_to(trained / "imgs")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--width", "8", "--batch_size",
-                                     "16", "--epochs", "1", "--log_every", "3", "--augment"])
-    train.main()
+    assert train.to_device(None) is None
+    assert train.to_device(np.ones(3)).numpy().tolist() == [1, 1, 1]
+    card.on = "gpu:0"
+    monkeypatch.setattr(paddle, "to_tensor", to_tensor)
+    monkeypatch.setattr(paddle, "CUDAPinnedPlace", lambda: "pinned")
+    assert train.to_device("array") == ("on its way", "array", False)
 
 
 @pytest.mark.parametrize(("error", "line"), [

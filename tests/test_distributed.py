@@ -81,7 +81,7 @@ def test_two_processes_train_one_model_and_go_on(place):
     assert sorted(path.name for path in (place / "Output").iterdir()) == [
         "0001_0004.png", "0002_0004.png", "checkpoint.safetensors",
         "generator.safetensors", "losses.csv", "losses.png", "progress.gif",
-        "real_vs_fake.png"]
+        "real_vs_fake.png", "training_images.png"]
     train(place, 2, "--epochs", 2, "--output_path", "whole")
     for name in "checkpoint.safetensors", "generator.safetensors", "losses.csv", "0002_0004.png":
         assert (place / "Output" / name).read_bytes() == (place / "whole" / name).read_bytes()
@@ -223,7 +223,8 @@ train.descend(loss(D(paddle.to_tensor(images)), 1), D, Keep(), paddle.amp.GradSc
 assert len(calls) == 1, calls
 
 different = problem("--log_every", str(1 + rank))
-assert different == "the settings, the images or the cards' types differ between the processes"
+assert "the settings, the code, the images or" in different
+assert different.endswith("differ between the processes")
 seed = paddle.seed
 paddle.seed = lambda number: seed(number + rank)
 assert problem() is None

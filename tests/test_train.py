@@ -1,10 +1,12 @@
 """train.py: the algorithm of §4, and the files a run leaves behind."""
 
+import array
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,24 +15,41 @@ from conftest import ROOT, TINY, complaint, photo, run, table
 from PIL import Image
 
 import network
-from dataReader import FaceReader
-from network import Discriminator, Generator, latent, load_generator, loss
-from train import batches, d_step, draw_run, g_step, iterate, main
+from dataReader import FaceReader, grid
+from network import (
+    Discriminator,
+    Generator,
+    draw_faces,
+    face_latents,
+    latent,
+    load_generator,
+    loss,
+    margin,
+)
+from train import (
+    State,
+    d_step,
+    draw_curves,
+    draw_training_images,
+    g_step,
+    iterate,
+    main,
+    random_numbers,
+)
 from weightInit import paddle, read_tensors
 
+F = paddle.nn.functional
 SCALER = paddle.amp.GradScaler(False)
 
 
 @pytest.fixture
-def nets():
+def state():
+    """Two small networks about to be trained."""
     paddle.seed(1)
-    return {"G": Generator(5, 32, 4), "D": Discriminator(32, 4)}
-
-
-@pytest.fixture
-def optimizers(nets):
-    return {name: paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=net.parameters())
-            for name, net in nets.items()}
+    G, D = Generator(5, 32, 4), Discriminator(32, 4)
+    optimizers = [paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=net.parameters())
+                  for net in (G, D)]
+    return State(G, D, None, *optimizers, SCALER)
 
 
 def weights(net):
@@ -41,13 +60,14 @@ def changed(before, net):
     return [bool((old != new).any()) for old, new in zip(before, weights(net), strict=True)]
 
 
-def test_d_step_teaches_d_and_leaves_g(nets, optimizers):
-    G, D = nets["G"], nets["D"]
+def test_d_step_teaches_d_and_leaves_g(state):
+    G, D = state.generator, state.discriminator
     real, z = paddle.rand([8, 3, 32, 32]) * 2 - 1, paddle.randn([8, 5])
     g_before, d_before = weights(G), weights(D)
 
     def step():
-        return [float(value) for value in d_step(D, optimizers["D"], SCALER, real, G(z))]
+        values = d_step(D, state.discriminator_optimizer, SCALER, real, G(z))
+        return [float(value) for value in values]
 
     first = step()
     assert not any(changed(g_before, G))
@@ -60,92 +80,106 @@ def test_d_step_teaches_d_and_leaves_g(nets, optimizers):
     assert last[2] < 0.2  # D(G(z))
 
 
-def test_d_loss_is_the_sum_of_both(nets, optimizers):
-    G, D = nets["G"], nets["D"]
+def test_d_loss_is_the_sum_of_both(state):
+    G, D = state.generator, state.discriminator
     real, fake = paddle.rand([8, 3, 32, 32]) * 2 - 1, G(paddle.randn([8, 5]))
     expected = float(loss(D(real), 1) + loss(D(fake), 0))
-    found = d_step(D, optimizers["D"], SCALER, real, fake)[0]
+    found = d_step(D, state.discriminator_optimizer, SCALER, real, fake)[0]
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
-def test_g_step_teaches_g_and_leaves_d(nets, optimizers):
-    G, D = nets["G"], nets["D"]
+def test_g_step_teaches_g_and_leaves_d(state):
+    G, D = state.generator, state.discriminator
     z = paddle.randn([8, 5])
     g_before, d_before = weights(G), weights(D)
-    first = float(g_step(G, D, optimizers["G"], SCALER, G(z)))
+    first = float(g_step(G, D, state.generator_optimizer, SCALER, G(z)))
     assert all(changed(g_before, G))
     assert not any(changed(d_before, D))
     assert all(value.grad is None for value in D.parameters())
     assert len(weights(D)) == len(d_before)  # D can be taught again
     for _ in range(20):
-        last = float(g_step(G, D, optimizers["G"], SCALER, G(z)))
+        last = float(g_step(G, D, state.generator_optimizer, SCALER, G(z)))
     assert last < first
 
 
-def test_one_iteration_is_one_d_step_and_two_g_steps(nets, optimizers, monkeypatch):
+def test_one_iteration_is_one_d_step_and_two_g_steps(state, monkeypatch):
     calls = []
-    for name, optimizer in optimizers.items():
+    for name, optimizer in (("G", state.generator_optimizer), ("D", state.discriminator_optimizer)):
         step = optimizer.step
         monkeypatch.setattr(
             optimizer, "step", lambda step=step, name=name: (calls.append(name), step()))
     images, z = paddle.randint(0, 256, [8, 3, 32, 32]).astype("uint8"), paddle.randn([3, 8, 5])
-    values = iterate(nets, optimizers, SCALER, images, z[:2], d_steps=1)
+    values = iterate(state, images, z[:2], None, d_steps=1)
     assert calls == ["D", "G", "G"]
     assert values.shape == [4]
-    iterate(nets, optimizers, SCALER, images, z, d_steps=3)
+    iterate(state, images, z, None, d_steps=3)
     assert calls[3:] == ["D", "D", "D", "G"]
 
 
-def test_batches_hold_the_images_and_new_latents_for_every_draw(trained):
-    reader = FaceReader(trained / "imgs", 64, 16, seed=3)
-    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=3, epochs=3,
-                              augment=False)
-    found = list(batches(reader, options, 8))
-    assert [place for *place, _, _ in found] == [
-        *([step, 2, step - 6] for step in range(9, 13)),
-        *([step, 3, step - 12] for step in range(13, 19))]
-    expected = [*reader.epoch(2, 2), *reader.epoch(3)]
-    for (*_, images, z), real in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(images, real)
-        assert z.shape == [3, 16, 5]
-    np.testing.assert_array_equal(found[0][4][1], latent([3, 9, 0, 2], [16, 5], "uniform"))
-    assert len(np.unique([z.numpy() for *_, z in found])) == 10 * 3 * 16 * 5
+def test_numbers_of_iterate_are_those_of_the_last_steps(state):
+    """D's loss, G's loss, D(x), D(G(z)), in this order; D knows real images."""
+    G, D = state.generator, state.discriminator
+    real, z = paddle.full([8, 3, 32, 32], 255, "uint8"), paddle.randn([3, 8, 5])
+    for _ in range(10):
+        d_step(D, state.discriminator_optimizer, SCALER, paddle.ones([8, 3, 32, 32]), G(z[0]))
+    twin = copy_of(D)
+    odds = [margin(twin(images)) for images in (paddle.ones([8, 3, 32, 32]), G(z[0]))]
+    d_loss, g_loss, d_real, d_fake = iterate(state, real, z[:1], None, d_steps=1).numpy()
+    assert d_real == pytest.approx(float(F.sigmoid(odds[0]).mean()), rel=1e-4)
+    assert d_fake == pytest.approx(float(F.sigmoid(odds[1]).mean()), rel=1e-4)
+    assert d_real > d_fake + 0.2
+    expected = F.softplus(-odds[0]).mean() + F.softplus(odds[1]).mean()
+    assert d_loss == pytest.approx(float(expected), rel=1e-4)
+    assert g_loss > 2 * d_loss
 
 
-def test_what_d_sees_is_augmented_with_draws_of_its_own(nets, optimizers, trained, monkeypatch):
-    """Real and generated images alike, in all steps, from draws that (seed, step) give."""
-    reader = FaceReader(trained / "imgs", 32, 16, seed=3)
-    options = SimpleNamespace(seed=3, z_dim=5, noise="normal", d_steps=2, g_steps=2, epochs=1,
-                              augment=True)
-    found = list(batches(reader, options, 0))
-    draws = np.stack([draws for *_, draws in found])
-    assert draws.shape == (6, 2 * 2 + 2, 16, 7)
-    assert 0 <= draws.min() < 0.01 < 0.99 < draws.max() < 1
-    assert len(np.unique(draws)) > 0.99 * draws.size
-    again, *_ = batches(reader, options, 5)
-    np.testing.assert_array_equal(again[-1], draws[5])
+def copy_of(D):
+    twin = Discriminator(32, 4)
+    twin.set_state_dict(D.state_dict())
+    return twin
+
+
+def test_latents_are_new_for_every_step_and_process():
+    options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=3, augment=False,
+                              batch_size=16)
+    drawn = [random_numbers(options, step, rank) for step in (1, 2, 9) for rank in (0, 1)]
+    assert all(numbers is None for _, numbers in drawn)
+    z = np.stack([latents for latents, _ in drawn])
+    assert z.shape == (6, 3, 16, 5)
+    assert len(np.unique(z)) == z.size
+    np.testing.assert_array_equal(z[4, 1], latent([3, 9, 0, 2], [16, 5], "uniform"))
+
+
+def test_what_d_sees_is_augmented_with_numbers_of_its_own(state, monkeypatch):
+    """Real and generated images alike, in all steps, from numbers that (seed, step) give."""
+    options = SimpleNamespace(seed=3, z_dim=5, noise="normal", d_steps=2, g_steps=2, augment=True,
+                              batch_size=16)
+    drawn = [random_numbers(options, step, 0) for step in range(1, 7)]
+    numbers = np.stack([each for _, each in drawn])
+    assert numbers.shape == (6, 2 * 2 + 2, 16, 7)
+    assert 0 <= numbers.min() < 0.01 < 0.99 < numbers.max() < 1
+    assert len(np.unique(numbers)) > 0.99 * numbers.size
 
     seen, augment = [], network.augment
-    monkeypatch.setattr(network, "augment", lambda images, draws: (
-        seen.append((images, draws.numpy())), augment(images, draws))[1])
-    before = weights(nets["G"])
-    *_, images, z, _ = found[0]
-    iterate(nets, optimizers, SCALER, images, z, 2, None, paddle.to_tensor(draws[0]))
-    np.testing.assert_array_equal(np.stack([given for _, given in seen]), draws[0])
+    monkeypatch.setattr(network, "augment", lambda images, numbers: (
+        seen.append((images, numbers.numpy())), augment(images, numbers))[1])
+    before = weights(state.generator)
+    images = paddle.randint(0, 256, [16, 3, 32, 32]).astype("uint8")
+    iterate(state, images, paddle.to_tensor(drawn[0][0]), paddle.to_tensor(numbers[0]), 2)
+    np.testing.assert_array_equal(np.stack([given for _, given in seen]), numbers[0])
     real = [bool((images == seen[0][0]).all()) for images, _ in seen]
     assert real == [True, False, True, False, False, False]
-    assert all(changed(before, nets["G"]))  # by a gradient that came through it
+    assert all(changed(before, state.generator))  # by a gradient that came through it
 
 
-def test_images_are_scaled_to_the_range_of_tanh(nets, monkeypatch):
+def test_images_are_scaled_to_the_range_of_tanh(state, monkeypatch):
     seen = []
     monkeypatch.setattr("train.d_step", lambda D, optimizer, scaler, real, fake: (
         seen.append(real.numpy()), *paddle.zeros([3]))[1:])
     monkeypatch.setattr("train.g_step", lambda *_: paddle.zeros([]))
     images = np.zeros([2, 3, 32, 32], np.uint8)
     images[1] = 255
-    iterate(nets, {"D": None, "G": None}, SCALER, paddle.to_tensor(images),
-            paddle.randn([1, 2, 5]), d_steps=1)
+    iterate(state, paddle.to_tensor(images), paddle.randn([1, 2, 5]), None, d_steps=1)
     [real] = seen
     assert real.dtype == np.float32
     assert (real[0] == -1).all()
@@ -178,7 +212,7 @@ def test_run_leaves_what_the_docstring_lists(trained):
     assert sorted(path.name for path in output.iterdir()) == [
         "0001_0004.png", "0002_0002.png", "0002_0006.png",
         "checkpoint.safetensors", "generator.safetensors", "losses.csv", "losses.png",
-        "progress.gif", "real_vs_fake.png"]
+        "progress.gif", "real_vs_fake.png", "training_images.png"]
     rows = table(trained)
     assert list(rows[0]) == ["step", "epoch", "batch", "d_loss", "g_loss", "d_real", "d_fake"]
     assert [(int(row["step"]), int(row["epoch"]), int(row["batch"])) for row in rows] == [
@@ -229,9 +263,10 @@ def test_average_in_the_file_is_that_over_the_iterations(trained, tmp_path, monk
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, TINY), "--epochs", "1",
                                      "--ema_decay", "0.5"])
     seen = []
-    monkeypatch.setattr("train.iterate", lambda nets, *rest: (
-        seen or seen.append(nets["G"].layers[1][0].weight.numpy().copy()),
-        iterate(nets, *rest), seen.append(nets["G"].layers[1][0].weight.numpy().copy()))[1])
+    monkeypatch.setattr("train.iterate", lambda state, *rest: (
+        seen or seen.append(state.generator.layers[1][0].weight.numpy().copy()),
+        iterate(state, *rest),
+        seen.append(state.generator.layers[1][0].weight.numpy().copy()))[1])
     main()
     mean = seen[0]
     for step, weight in enumerate(seen[1:], 1):
@@ -270,7 +305,7 @@ def test_eval_faces_have_mean_and_spread_of_train_faces(trained):
 def test_line_says_when_d_has_won(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "imgs").symlink_to(trained / "imgs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.LONG", 15)
+    monkeypatch.setattr("train.D_WON_AFTER", 15)
     for name, fooled, said in ("won", 0.001, 2), ("once", 0.02, 1):
         values = iter(paddle.to_tensor(np.stack(
             [np.ones(36), np.ones(36), np.ones(36),
@@ -283,17 +318,89 @@ def test_line_says_when_d_has_won(trained, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.count("D has won") == said, name
 
 
+def colours(picture, box):
+    """The share of a box, in tenths of the picture, that has each of matplotlib's colours."""
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    height, width, _ = pixels.shape
+    left, top, right, bottom = box
+    part = pixels[height * top // 10:height * bottom // 10, width * left // 10:width * right // 10]
+    named = {"blue": (31, 119, 180), "orange": (255, 127, 14), "green": (44, 160, 44),
+             "red": (214, 39, 40)}
+    return {name: (abs(part - color).sum(2) < 30).mean() for name, color in named.items()}
+
+
 def test_losses_are_drawn_however_many(tmp_path):
-    """Before the first grid too."""
-    for count in 1, 12_000:
-        step = np.arange(1, count + 1)
+    """Each curve is in its panel, from left to right, in less than a second."""
+    for count in 1, 30, 12_000, 1_000_000:
         rng = np.random.default_rng(0)
-        columns = step, 0 * step, step, rng.gamma(2, 0.5, count), rng.gamma(4, 1, count), \
-            rng.uniform(0.5, 1, count), rng.uniform(0, 0.5, count)
-        np.savetxt(tmp_path / "losses.csv", np.stack(columns, 1), delimiter=",",
-                   header="step,epoch,batch,d_loss,g_loss,d_real,d_fake", comments="")
-        draw_run(tmp_path, 64)
-        assert np.asarray(Image.open(tmp_path / "losses.png")).shape == (960, 1080, 4)
+        rows = np.stack([np.arange(1, count + 1), rng.normal(0.5, 0.1, count),
+                         rng.normal(2.0, 0.1, count), rng.normal(0.8, 0.01, count),
+                         rng.normal(0.2, 0.01, count)], 1)
+        start = time.perf_counter()
+        draw_curves(tmp_path / "losses.png", array.array("f", rows.ravel().tolist()))
+        assert time.perf_counter() - start < 5
+        with Image.open(tmp_path / "losses.png") as picture:
+            if count == 1:
+                continue  # a point is no line
+            for left in 1, 4, 8:
+                above = colours(picture, (left, 0, left + 1, 5))
+                below = colours(picture, (left, 5, left + 1, 10))
+                assert min(above["blue"], above["orange"]) > 0.002
+                assert min(below["green"], below["red"]) > 0.002
+                assert max(above["green"], above["red"], below["blue"], below["orange"]) < 0.001
+            higher = colours(picture, (4, 0, 6, 2))  # G's loss, 2.0, of at most 2.7
+            assert higher["blue"] > higher["orange"] == 0
+
+
+def test_pictures_show_what_they_should(trained):
+    """Each picture is compared with images that are made here."""
+    output = trained / "Output"
+    generator, info = load_generator(output / "generator.safetensors")
+    z = face_latents(0, range(100), 100, "normal")
+    faces = grid(draw_faces(generator, z))
+    drawn = np.asarray(Image.open(output / "0002_0006.png"))
+    np.testing.assert_array_equal(drawn, faces)
+    other = grid(draw_faces(Generator(100, 64, 8), z))
+    assert abs(drawn.astype(int) - other).mean() > 4  # an untrained net's would be noise
+    reader = FaceReader(trained / "imgs", 64, 16, seed=0)
+    given = np.concatenate([reader.batch(1, number) for number in range(6)])
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(output / "training_images.png")), grid(given))
+
+    both = Image.open(output / "real_vs_fake.png").convert("RGB")
+    for panel, images in enumerate((reader.sample(100), draw_faces(generator, z))):
+        shown = both.crop((panel * both.width // 2, 0, (panel + 1) * both.width // 2, both.height))
+        expected = Image.fromarray(grid(images))
+        box = find_panel(shown)
+        shown = np.asarray(shown.crop(box).resize((60, 60), Image.Resampling.BOX)).astype(float)
+        expected = np.asarray(expected.resize((60, 60), Image.Resampling.BOX)).astype(float)
+        assert abs(shown - expected).mean() < 12, panel
+
+
+def find_panel(picture):
+    """The box of the large square in a white picture with a title above."""
+    dark = np.asarray(picture).min(2) < 250
+    columns = np.flatnonzero(dark.mean(0) > 0.5)
+    rows = np.flatnonzero(dark[:, columns[0]:columns[-1]].mean(1) > 0.5)
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def test_training_images_are_drawn_as_d_sees_them(trained, tmp_path):
+    """Mirrored with flip, varied with augment."""
+    plain, flipped = (FaceReader(trained / "imgs", 64, 64, 0, flip=flip) for flip in (False, True))
+    drawn = {}
+    for name, reader, augment in (
+            ("plain", plain, False), ("flip", flipped, False), ("augment", plain, True)):
+        draw_training_images(tmp_path / f"{name}.png", reader, augment)
+        drawn[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    np.testing.assert_array_equal(drawn["plain"], grid(plain.batch(1, 0)))
+    np.testing.assert_array_equal(drawn["flip"], grid(flipped.batch(1, 0)))
+    assert (drawn["flip"] != drawn["plain"]).any()
+    varied = drawn["augment"].astype(int)
+    assert varied.shape == drawn["plain"].shape
+    assert 10 < abs(varied - drawn["plain"]).mean() < 100
+    cut_out = (abs(varied - 128) < 1).all(2).mean()
+    assert 0.1 < cut_out < 0.5  # a quarter, less what lies outside, and the shifts' edges
 
 
 def test_losses_are_those_of_the_algorithm(trained):
@@ -351,13 +458,14 @@ def test_error_while_a_batch_is_read_ends_the_run(trained, tmp_path, monkeypatch
     (tmp_path / "imgs").symlink_to(trained / "imgs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, TINY)])
-    epoch = FaceReader.epoch
+    batch = FaceReader.batch
 
-    def broken(self, *place):
-        yield next(epoch(self, *place))
-        raise OSError("read error")
+    def broken(self, epoch, number):
+        if number == 2:
+            raise OSError("read error")
+        return batch(self, epoch, number)
 
-    monkeypatch.setattr("dataReader.FaceReader.epoch", broken)
+    monkeypatch.setattr("dataReader.FaceReader.batch", broken)
     with pytest.raises(OSError, match="read error"):
         main()
 
