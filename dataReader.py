@@ -522,18 +522,31 @@ def save_gif(path, frames, wait, rest):
                        duration=[wait] * (len(frames) - 1) + [rest])
 
 
+@contextlib.contextmanager
+def figure_file(path, size, dpi=100):
+    """Yield a figure of matplotlib's, `size` inches, which is then written to a PNG.
+
+    By Agg and with matplotlib's own defaults, whatever the environment or a matplotlibrc says.
+    """
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's makes the import an error
+    import matplotlib  # 0.5 s, so only where it is used
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(), replacing(path) as file:
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.savefig(file, format="png", dpi=dpi)
+
+
 def save_grids(path, **grids):
     """Draw grids of uint8 `[N, 3, H, W]` side by side, each under its keyword as title (§5)."""
-    from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
-
-    figure = Figure(figsize=(7 * len(grids), 7.4), layout="constrained")
-    for axes, (title, images) in zip(
-            figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
-        axes.imshow(grid(images))
-        axes.set_title(title.replace("_", " "), fontsize=16)
-        axes.axis("off")
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
+    with figure_file(path, (7 * len(grids), 7.4)) as figure:
+        panels = figure.subplots(1, len(grids), squeeze=False)[0]
+        for axes, (title, images) in zip(panels, grids.items(), strict=True):
+            axes.imshow(grid(images))
+            axes.set_title(title.replace("_", " "), fontsize=16)
+            axes.axis("off")
 
 
 # --- the reader ----------------------------------------------------------------------------------

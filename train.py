@@ -4,11 +4,14 @@
     python train.py --data_path demo/imgs --output_path demo/Output --width 16 --batch_size 16
     python train.py --data_path photos --output_path Output/photos --save_minutes 1
     python train.py --restart                         # not go on with the run in Output/
+    python train.py --change --learning_rate 0.0001   # go on with it, but with another rate
     python -m paddle.distributed.launch --devices 0,1 train.py          # on two GPUs
 
 Edit the settings below or pass them as flags. Everything is written to Output/:
 
-    0003_0100.png           faces of the same latent vectors after epoch 3, batch 100
+    training_images.png     images as D sees them
+    0003_0100.png           faces of the same latent vectors in epoch 3, after batch 100
+    0003_0100.safetensors   the generator that drew them, for generator.py
     progress.gif            the first of those faces, from the first grid to the last
     losses.csv losses.png   both losses, D(x) and D(G(z)), iteration by iteration
     real_vs_fake.png        training images beside generated ones, at the end
@@ -26,6 +29,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -69,7 +73,9 @@ output_path = "Output"   # where everything is written
 log_every = 10           # iterations between updates of the bar and of losses.csv
 sample_every = 500       # iterations between grids of faces; there is one at the end too
 save_minutes = 5.0       # between checkpoints; what came after the last one is lost in a kill
+keep = 20                # generators to keep, of those that drew grids; spread over the run
 restart = False          # move an earlier run in output_path aside instead of going on with it
+change = False           # go on though rates, betas, steps, batch_size, ... or images have changed
 
 # --- what they may be, and what --demo stands for ------------------------------------------------
 ALLOWED = {
@@ -82,22 +88,33 @@ ALLOWED = {
     "augment": YES_NO, "flip": YES_NO, "seed": whole(0, 2**32),
     "ema_decay": real(0, 1), "amp": YES_NO, "device": one_of("auto", "gpu", "cpu"),
     "deterministic": YES_NO, "output_path": PATH, "log_every": whole(1),
-    "sample_every": whole(1), "save_minutes": real(0), "restart": YES_NO}
+    "sample_every": whole(1), "save_minutes": real(0), "keep": whole(1),
+    "restart": YES_NO, "change": YES_NO}
 DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output", "width": 16, "batch_size": 16,
         "learning_rate": 0.0005, "epochs": 17, "sample_every": 100}
 
 # --- the algorithm -------------------------------------------------------------------------------
 @dataclasses.dataclass
 class State:
-    """What training changes; the checkpoint holds all of it."""
+    """What training changes: all that the checkpoint holds."""
 
     generator: network.Generator
     discriminator: network.Discriminator
-    average: network.Generator  # whose weights are means of the generator's: it draws the faces
+    average: network.Generator  # its weights are means of the generator's; it draws the faces
     generator_optimizer: paddle.optimizer.Adam
     discriminator_optimizer: paddle.optimizer.Adam
     scaler: paddle.amp.GradScaler  # does nothing unless training in float16
-    step: int = 0  # iterations done
+    settings: dict = dataclasses.field(default_factory=dict)  # that must not change unnoticed
+    batches: int = 1        # an epoch
+    step: int = 0           # iterations done
+    origin: tuple = (0, 0)  # (iterations, epochs) that were done before an epoch had `batches`
+    grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0100"
+    changes: list = dataclasses.field(default_factory=list)   # of settings, in words
+
+    def place(self):
+        """(epoch, batch) of the next iteration, both from 0."""
+        epoch, batch = divmod(self.step - self.origin[0], self.batches)
+        return self.origin[1] + epoch, batch
 
 
 def build(options, amp):
@@ -112,8 +129,8 @@ def build(options, amp):
         paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
                               parameters=net.parameters())
         for net in (generator, discriminator)]
-    scaler = paddle.amp.GradScaler(amp == "float16")
-    return State(generator, discriminator, average, *optimizers, scaler)
+    return State(generator, discriminator, average, *optimizers,
+                 paddle.amp.GradScaler(amp == "float16"))
 
 
 def descend(loss, net, optimizer, scaler):
@@ -220,9 +237,14 @@ def to_device(array):
 # The rule: all make all calls, since each may wait for the others; where a file or a line is
 # written, and only there, `is_main()` is asked.
 
+def rank():
+    """This process's number, from 0; without others Paddle would believe a stale variable."""
+    return dist.get_rank() if dist.get_world_size() > 1 else 0
+
+
 def is_main():
     """Whether this process is the one that writes."""
-    return dist.get_rank() == 0
+    return rank() == 0
 
 
 def from_main(value):
@@ -245,18 +267,20 @@ def check_same(value, what):
 def set_up(options):
     """Return (this process's FaceReader, type of mixed precision); all processes have joined then.
 
-    The images are packed first, since who waits for the others gives up after 15 minutes.
+    The images are packed before, since who waits for the others gives up after 15 minutes.
     """
-    if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
+    processes = dist.get_world_size()
+    if "PADDLE_TRAINER_ENDPOINTS" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Paddle's own handler can hang
+    elif processes > 1:
+        raise Problem(f"PADDLE_TRAINERS_NUM is {processes}, but Paddle's launcher did not start"
+                      " this process: unset it")
     weightInit.use_device(options.device)
     reader = dataReader.FaceReader(
-        options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
-        dist.get_world_size(), options.flip)  # one process packs, the others wait
-    if len(reader.images) < 1000 and not options.augment and is_main():
-        say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
-            " --augment")
-    if dist.get_world_size() > 1:
+        options.data_path, options.image_size, options.batch_size, options.seed, rank(), processes,
+        options.flip)  # one process packs, the others wait
+    if processes > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU
     amp = weightInit.amp_type(options.amp)
     check_same((vars(options), code_digest(), reader.digest, amp),
@@ -269,21 +293,25 @@ def set_up(options):
 
 
 # --- the files of a run --------------------------------------------------------------------------
-# What may differ when a run goes on: none of it changes an iteration.
+# When a run goes on, these settings may be others: they change no iteration,
 MAY_CHANGE = {"data_path", "epochs", "device", "deterministic", "output_path", "log_every",
-              "sample_every", "save_minutes", "restart", "demo"}
+              "sample_every", "save_minutes", "keep", "restart", "change", "demo"}
+# and these with --change: the networks can be trained with others.
+CHANGE_IF_TOLD = {"learning_rate", "beta1", "beta2", "d_steps", "g_steps", "ema_decay", "augment",
+                  "flip", "amp", "batch_size", "images"}
+REMEMBERED = "settings", "batches", "step", "origin", "grids", "changes"  # of State, as JSON
 START_OVER = "pass another --output_path, or --restart to move the old run aside"
-DIVERGED = ("the last checkpoint is kept. What usually helps: half the --learning_rate;"
-            f" {START_OVER}")
+WRITTEN = re.compile(r"losses\.(csv|png)|progress\.gif|(real_vs_fake|training_images)\.png"
+                     r"|\d{4,}_\d{4,}\.(png|safetensors)|(generator|checkpoint)\.safetensors")
 
 
-@functools.cache  # the code that runs, even if the file is edited meanwhile
+@functools.cache  # of the code that runs, even if the file is edited meanwhile
 def code_digest():
     """SHA-1 of what network.py and this file do: comments, docstrings, settings do not count."""
     digest = hashlib.sha1(usedforsecurity=False)
     for file in network.__file__, __file__:
         source = Path(file).read_text(encoding="utf-8")
-        code = re.sub(r"# --- settings.*?# --- the algorithm", "", source, count=1, flags=re.DOTALL)
+        code = re.sub("# --- settings.*?# --- the alg", "#", source, count=1, flags=re.DOTALL)
         tree = ast.parse(code)
         for node in ast.walk(tree):
             may_have_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
@@ -295,21 +323,28 @@ def code_digest():
 
 @contextlib.contextmanager
 def output_folder(options):
-    """Make the output folder and keep other runs out of it meanwhile; yields its Path."""
+    """Make the output folder and keep other runs out of it meanwhile; yields its Path.
+
+    An earlier run's files, and none but those, are moved aside with --restart, and if they cannot
+    be gone on from.
+    """
     folder = Path(options.output_path)
     if not is_main():
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another train.py is writing to {folder}: wait for it, or pass another --output_path"
-    with contextlib.ExitStack() as locks:
-        locks.enter_context(dataReader.locked(folder, busy))
-        if options.restart and any(folder.glob("*.safetensors")):
-            numbered = (Path(f"{folder}.{number}") for number in itertools.count(1))
-            aside = folder.rename(next(path for path in numbered if not path.exists()))
-            say(f"the run in {folder} is now in {aside}")
-            folder.mkdir()
-            locks.enter_context(dataReader.locked(folder, busy))
+    with dataReader.locked(folder, busy):
+        written = [path for path in folder.iterdir() if WRITTEN.fullmatch(path.name)]
+        weights = [path for path in written if path.suffix == ".safetensors"]
+        if weights and (options.restart or folder / "checkpoint.safetensors" not in weights):
+            aside = next(path for path in (folder / f"earlier-{number}"
+                                           for number in itertools.count(1)) if not path.exists())
+            aside.mkdir()
+            for path in written:
+                path.rename(aside / path.name)
+            say(f"the run in {folder} {'' if options.restart else 'has no checkpoint and '}"
+                f"is now in {aside}")
         yield folder
 
 
@@ -332,15 +367,16 @@ def tensors_by_name(state):
     return tensors
 
 
-def save(folder, state, settings, history):
-    """Save all that training changes as the checkpoint, and what generator.py needs.
+def save(path, state):
+    """Save all that training changes as the checkpoint.
 
     Raises a Problem if a weight is not finite, or not the same on all processes.
     """
     arrays = {name: tensor.numpy() for name, tensor in tensors_by_name(state).items()}
     for name, values in arrays.items():
         if not np.isfinite(values).all():
-            raise Problem(f"{name} is no longer finite at iteration {state.step}; {DIVERGED}")
+            raise Problem(f"{name} is no longer finite at iteration {state.step};"
+                          f" {advice(state)}")
     same = {name: values for name, values in arrays.items()  # each has BN statistics of its own
             if not name.endswith(("_mean", "_variance"))}
     check_same(weightInit.checksum(same, ""), f"the networks at iteration {state.step}")
@@ -348,43 +384,41 @@ def save(folder, state, settings, history):
         # empty unless enabled; the scale is an array, which JSON cannot hold
         scaler = {key: np.asarray(value).tolist()
                   for key, value in state.scaler.state_dict().items()}
-        network.save_generator(folder / "generator.safetensors", state.average, state.generator,
-                               settings["noise"], state.step)
-        # last, so that a killed run's generator is never older than its checkpoint
-        weightInit.write_tensors(folder / "checkpoint.safetensors", arrays, {
-            "kind": "checkpoint", "step": state.step, "settings": settings, "scaler": scaler,
-            "code": code_digest()})
-        draw_curves(folder / "losses.png", history)
-        draw_progress(folder, settings["image_size"])
+        weightInit.write_tensors(path, arrays, {
+            "kind": "checkpoint", "code": code_digest(), "scaler": scaler,
+            **{name: getattr(state, name) for name in REMEMBERED}})
 
 
-def read_checkpoint(path, settings):
-    """Read (arrays, info); a Problem if the file is damaged or of other settings."""
+def read_checkpoint(path, settings, change):
+    """Read (arrays, info); a Problem if it is damaged, or of other settings than may be."""
     try:
         arrays, info = weightInit.read_tensors(path, "checkpoint")
         old = dict(info["settings"])
-        info["step"] = int(info["step"])
+        step = int(info["step"])
     except (Problem, KeyError, TypeError, ValueError) as error:
         raise Problem(f"cannot go on from {path}: {error}; {START_OVER}") from error
-    changed = [f"{name} {old.get(name)} (now {settings.get(name)})"
-               for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
-    if changed:
-        raise Problem(f"the run in {path.parent} has {', '.join(changed)}: set it back,"
-                      f" {START_OVER}")
-    if info.get("code") != code_digest():
-        say(f"{path.parent}: the code of network.py or train.py has changed since iteration"
-            f" {info['step']}")
+    different = [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
+    told = ", ".join(f"{name} {old.get(name)} (now {settings.get(name)})" for name in different)
+    may_change = CHANGE_IF_TOLD.issuperset(different)
+    if different and not (change and may_change):
+        hint = "pass --change to go on with them, " if may_change else ""
+        raise Problem(f"the run in {path.parent} has {told}: set it back, {hint}{START_OVER}")
+    if different:
+        info["changes"].append(f"iteration {step}: {told}")
+        say(f"changed after iteration {step}: {told}")
+    if info["code"] != code_digest():
+        say(f"the code of network.py or train.py has changed since iteration {step}")
     return arrays, info
 
 
-def load(folder, state, settings):
-    """Set a new State to the first process's checkpoint, if there is one."""
-    path = folder / "checkpoint.safetensors"
+def load(path, state, change):
+    """Set a new State to the first process's checkpoint, if there is one.
+
+    With `change` its settings may be others than those of the State, which are kept.
+    """
     saved = None
     if is_main() and path.exists():
-        saved = read_checkpoint(path, settings)
-    elif is_main() and (folder / "generator.safetensors").exists():
-        raise Problem(f"{folder} holds a generator, but no checkpoint to go on from: {START_OVER}")
+        saved = read_checkpoint(path, state.settings, change)
     saved = from_main(saved)
     if saved is None:
         if dist.get_world_size() > 1:  # one seed is not one stream on different cards
@@ -406,101 +440,108 @@ def load(folder, state, settings):
         arrays, {name: tensor.shape for name, tensor in tensors.items()}, path)
     for name, tensor in tensors.items():
         tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
-    state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
-    state.step = info["step"]
+    if info["scaler"]:
+        state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
+    settings, batches = state.settings, state.batches
+    for name in REMEMBERED:
+        setattr(state, name, info[name])
+    epoch, batch = state.place()
+    if batches != state.batches:  # go on with the next epoch
+        state.origin = (state.step, epoch + 1 if batch else epoch)
+    state.settings, state.batches = settings, batches
 
 
 # --- losses.csv ----------------------------------------------------------------------------------
 D_WON_AFTER = 300  # iterations without a face that D takes for real
 
 
+def numbers_of(row):
+    """The seven numbers of a row of losses.csv, more columns left out; none if it is torn."""
+    try:
+        numbers = [float(cell) for cell in row.split(",")[:7]]
+    except ValueError:
+        return []
+    return numbers if len(numbers) == 7 and row.endswith("\n") else []
+
+
 def cut_table(path, step):
     """Rewrite losses.csv up to iteration `step`, since what came then will come again.
 
-    Returns the numbers of each row, step, losses, D(x) and D(G(z)), one after another; rows that
-    are not whole are left out, as are columns of others.
+    Returns `numbers_of` all rows, one after another: a long run's curves are drawn from memory.
     """
-    history = array.array("f")  # 20 bytes an iteration: the curves are drawn of it
-    if not is_main():
-        return history
-    with open(path if path.exists() else os.devnull, "rb") as old, \
-            dataReader.replacing(path) as new:
-        new.write(b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n")
-        for line in old:
-            cells = line.split(b",")[:7]
-            try:
-                row_step, _, _, *losses = map(float, cells)
-            except ValueError:
-                continue
-            if line.endswith(b"\n") and len(losses) == 4 and row_step <= step:
-                new.write(b",".join(cells).strip() + b"\n")
-                history.extend([row_step, *losses])
+    history = array.array("f")
+    if is_main():
+        with open(path if path.exists() else os.devnull, errors="replace") as old, \
+                dataReader.replacing(path) as new:
+            new.write(b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n")
+            for row in old:
+                numbers = numbers_of(row)
+                if numbers and numbers[0] <= step:
+                    new.write(",".join(row.strip().split(",")[:7]).encode() + b"\n")
+                    history.extend(numbers)
     return history
 
 
-def fetch(pending):
-    """Values of `iterate`, of all processes the mean: float32 `[iterations, 4]`.
-
-    The only place that waits for the device.
-    """
-    values = paddle.stack(pending)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values.numpy() / dist.get_world_size()
-
-
-def append_rows(path, history, places, values):
-    """Add rows to losses.csv and the same numbers to `history`.
-
-    `places` are (step, epoch, batch).
-    """
-    lines = []
-    for (step, epoch, batch), losses in zip(places, values, strict=True):
-        cells = [f"{value:.6g}" for value in losses]
-        lines.append(f"{step},{epoch},{batch},{','.join(cells)}\n")
-        history.extend([step, *map(float, cells)])
-    try:
-        with open(path, "a") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror}") from error
-
-
 def d_has_won(history, new):
-    """Whether D_WON_AFTER iterations, or twice as many, ..., were full in the last `new` ones.
+    """Whether D_WON_AFTER iterations in vain, or twice as many, ..., were full in the last `new`.
 
-    Counted are those since a generated image was last taken for real, be it by a hundredth.
+    In vain for G: no generated image was taken for real, not even by a hundredth.
     """
-    fooled = np.flatnonzero(np.frombuffer(history, np.float32)[4::5] >= 0.01)
-    total = len(history) // 5
+    fooled = np.flatnonzero(np.frombuffer(history, np.float32)[6::7] >= 0.01)
+    total = len(history) // 7
     in_vain = total - 1 - fooled[-1] if len(fooled) else total
     return in_vain // D_WON_AFTER > max(0, in_vain - new) // D_WON_AFTER
 
 
-def log(folder, history, pending):
-    """Fetch what is pending, write it to losses.csv and judge it; return the last values.
+def log(folder, history, pending, state):
+    """Write what is pending to losses.csv and `history`, and judge it; return the last values.
 
     `pending` has values of `iterate` by (step, epoch, batch). Raises a Problem if one is not
-    finite; the rows before it are in losses.csv and losses.png then.
+    finite; the rows before it have been written then, and drawn.
     """
-    places = list(pending)
-    values = fetch(list(pending.values()))
-    finite = np.isfinite(values).all(axis=1)
-    good = len(values) if finite.all() else int(np.argmin(finite))
+    sums = paddle.stack(list(pending.values()))
+    if dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    values = sums.numpy() / dist.get_world_size()  # the only place that waits for the device
+    rows = []
+    for place, losses in zip(pending, values, strict=True):
+        if not np.isfinite(losses).all():
+            break
+        rows.append(",".join([*map(str, place), *(f"{value:.6g}" for value in losses)]) + "\n")
+        history.extend(numbers_of(rows[-1]))
     if is_main():
-        append_rows(folder / "losses.csv", history, places[:good], values[:good])
-        if d_has_won(history, good):
-            say(f"iteration {places[-1][0]}: D has won, no face has fooled it for {D_WON_AFTER}"
-                f" iterations. What usually helps: --g_steps 3, or half the --learning_rate;"
-                f" {START_OVER}")
-    if good < len(values):
-        if is_main():
-            draw_curves(folder / "losses.png", history)
-        raise Problem(f"the loss of iteration {places[good][0]} is not finite; {DIVERGED}")
-    return values[-1]
+        try:
+            with open(folder / "losses.csv", "a") as file:
+                file.writelines(rows)
+        except OSError as error:
+            raise Problem(f"cannot write {folder / 'losses.csv'}: {error.strerror}") from error
+    if len(rows) < len(values):
+        attempt(draw_curves, folder / "losses.png", history)
+        raise Problem(f"the loss of iteration {place[0]} is not finite; {advice(state)}")
+    if d_has_won(history, len(rows)) and is_main():
+        say(f"iteration {place[0]}: D has won, no face has fooled it for {D_WON_AFTER} iterations;"
+            f" {advice(state)}")
+    return losses
+
+
+def advice(state):
+    """What helps when a run goes wrong, in flags that it can go on with."""
+    rate, g_steps = state.settings["learning_rate"] / 2, state.settings["g_steps"] + 1
+    return ("the last checkpoint is kept. What usually helps: the same command (without --restart)"
+            f" with --change --learning_rate {rate:g}, or with --change --g_steps {g_steps}")
 
 
 # --- pictures ------------------------------------------------------------------------------------
+def attempt(draw, path, *args):
+    """Call `draw(path, *args)` on the first process; no picture is worth a run, so at most say why.
+    """
+    if is_main():
+        try:
+            draw(path, *args)
+        except Exception as error:  # of a full disk, of matplotlib, of a foreign file
+            say(f"{path} could not be drawn: {error}")
+
+
 def draw_training_images(path, reader, augment):
     """Draw 100 images of the first epoch as D sees them, mirrored or augmented."""
     batches = [reader.batch(1, number)
@@ -515,134 +556,203 @@ def draw_training_images(path, reader, augment):
 
 
 def draw_curves(path, history):
-    """Draw losses.png: both losses, D(x) and D(G(z)); faint the values, strong their means (§5).
+    """Draw losses.png: both losses, D(x) and D(G(z)); strong their means over a fiftieth (§5).
 
-    A long run is drawn in a thousand stretches: the range in each, and its mean.
+    Of a long run the ranges and means of a thousand stretches are drawn.
     """
-    from matplotlib.figure import Figure  # 0.5 s to import, so only where it is used
-
-    table = np.array(history).reshape(-1, 5)
+    table = np.array(history).reshape(-1, 7)[:, [0, 3, 4, 5, 6]]
     starts = np.arange(0, len(table), 1 + len(table) // 1000)
     lengths = np.diff([*starts, len(table)])[:, None]
-    steps, *means = (np.add.reduceat(table, starts, dtype=np.float64) / lengths).T
-    _, *lows = np.minimum.reduceat(table, starts).T
-    _, *highs = np.maximum.reduceat(table, starts).T
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    window = np.ones(1 + len(steps) // 50) / (1 + len(steps) // 50)
-    for axes, curve, color, label in (
-            (above, 1, "C0", "generator G"), (above, 0, "C1", "discriminator D"),
-            (below, 2, "C2", "D(x), real images"), (below, 3, "C3", "D(G(z)), generated images")):
-        axes.fill_between(steps, lows[curve], highs[curve], color=color, alpha=0.2, linewidth=0)
-        axes.plot(steps, means[curve], color, alpha=0.25, linewidth=0.5)
-        axes.plot(np.convolve(steps, window, "valid"), np.convolve(means[curve], window, "valid"),
-                  color, label=label)
-        axes.legend(loc="lower left")
-    top = np.quantile(table[:, 1:3], 0.95)  # no spikes
-    above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
-              ylim=(0, 1.3 * max(1, top)))
-    below.set(title="What the discriminator takes for real", ylabel="probability of being real",
-              ylim=(0, 1), xlabel="iteration")
-    with dataReader.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    means = np.add.reduceat(table, starts, dtype=np.float64) / lengths
+    lows = np.minimum.reduceat(table, starts)
+    highs = np.maximum.reduceat(table, starts)
+    window = np.ones(1 + len(means) // 50) / (1 + len(means) // 50)
+    smooth = np.stack([np.convolve(column, window, "valid") for column in means.T], 1)
+    with dataReader.figure_file(path, (9, 8), 120) as figure:
+        above, below = figure.subplots(2, sharex=True)
+        for axes, curve, color, label in (
+                (above, 2, "C0", "generator G"), (above, 1, "C1", "discriminator D"),
+                (below, 3, "C2", "D(x), real images"),
+                (below, 4, "C3", "D(G(z)), generated images")):
+            axes.fill_between(means[:, 0], lows[:, curve], highs[:, curve], color=color,
+                              alpha=0.2, linewidth=0)
+            axes.plot(means[:, 0], means[:, curve], color, alpha=0.25, linewidth=0.5)
+            axes.plot(smooth[:, 0], smooth[:, curve], color, label=label)
+            axes.legend(loc="lower left")
+        top = np.quantile(table[:, 1:3], 0.95)  # no spikes
+        above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
+                  ylim=(0, 1.3 * max(1, top)))
+        below.set(title="What the discriminator takes for real", ylim=(0, 1), xlabel="iteration",
+                  ylabel="probability of being real")
 
 
-def draw_progress(folder, size):
+def draw_progress(path, grids, size):
     """Draw progress.gif: the first 6×6 faces, of `size` pixels, of 60 grids at most."""
-    grids = [path for path in folder.glob("*.png") if re.fullmatch(r"\d{4,}_\d{4,}", path.stem)]
-    grids.sort(key=lambda path: [int(number) for number in path.stem.split("_")])
-    shown = grids[::-(1 + len(grids) // 60)][::-1]  # the last one always
+    paths = [path.with_name(f"{name}.png") for name in grids]
+    paths = [grid for grid in paths if grid.exists()]
+    shown = paths[::-(1 + len(paths) // 60)][::-1]  # the last one always
     side = 6 * (size + 2) + 2
-    frames = [dataReader.read_image(path).crop((0, 0, side, side)) for path in shown]
+    frames = [dataReader.read_image(grid).crop((0, 0, side, side)) for grid in shown]
     if frames:
-        dataReader.save_gif(folder / "progress.gif", frames, 150, 2000)
+        dataReader.save_gif(path, frames, 150, 2000)
+
+
+def sample(folder, state, keep, exact):
+    """Draw a grid of faces, of the same latent vectors each time, and keep the generator beside it.
+
+    Of all generators that have been kept there are at most `keep`, spread over the run. `exact`
+    takes longer. What is drawn does not depend on when checkpoints are saved.
+    """
+    network.estimate_statistics(state.average, state.settings["noise"], 5 if exact else 1)
+    faces = dataReader.grid(draw_faces(state))
+    name = state.grids[-1]
+    attempt(dataReader.save_png, folder / f"{name}.png", faces)
+    attempt(network.save_generator, folder / f"{name}.safetensors", state.average, None,
+            state.settings["noise"], state.step)
+    every = 1  # a power of two, so that those kept now are among those kept before
+    while -(-len(state.grids) // every) > keep:
+        every *= 2
+    for number, name in enumerate(state.grids[:-1], 1):
+        if number % every and is_main():
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def draw_faces(state):
+    """Draw 100 faces, of the same latent vectors each time."""
+    settings = state.settings
+    return network.draw_faces(state.average, network.face_latents(
+        settings["seed"], range(100), settings["z_dim"], settings["noise"]))
+
+
+def draw_comparison(path, reader, state):
+    dataReader.save_grids(path, Real_faces=reader.sample(100), Generated_faces=draw_faces(state))
+
+
+def write_results(folder, state, history):
+    """Write what a checkpoint is for: the generator, and the pictures of the run."""
+    if is_main():
+        network.save_generator(folder / "generator.safetensors", state.average, state.generator,
+                               state.settings["noise"], state.step)
+    attempt(draw_curves, folder / "losses.png", history)
+    attempt(draw_progress, folder / "progress.gif", state.grids, state.settings["image_size"])
 
 
 # --- the run -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def noted_signals():
-    """Yield a list in which SIGINT and SIGTERM are noted; a second Ctrl-C ends at once."""
+    """Yield a list in which signals that ask for an end are noted; the second Ctrl-C ends at once.
+
+    SIGHUP comes when a terminal closes, unless nohup has it ignored, SIGUSR1 from Slurm.
+    """
     def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
         noted.append(number)
-        if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
+        if "PADDLE_TRAINER_ENDPOINTS" not in os.environ:  # Paddle's launcher sends several
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
 
-    noted = []
+    noted, before = [], {}
     if dist.get_world_size() == 1:  # else the launcher ends all processes
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, note)
-    yield noted
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def announce(folder, state, reader, total):
+    """Say what is about to be trained, how long and on what."""
+    if state.step >= total:
+        say(f"{folder}: {state.step} iterations are done, and no more are asked for: pass more"
+            " --epochs to go on")
+        return
+    sizes = [sum(weight.size for weight in net.parameters() if not weight.stop_gradient)
+             for net in (state.generator, state.discriminator)]
+    say(f"on {paddle.get_device()} in {state.settings['amp']}: {len(reader.images)} images, G with"
+        f" {sizes[0]:,} parameters, D with {sizes[1]:,}, {total:,} iterations in all")
+    if len(reader.images) < 1000 and not state.settings["augment"]:
+        say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
+            " --augment")
+    if state.step:
+        say(f"{folder}: going on after iteration {state.step} of {total}")
 
 
 def train(options):
     """Train, from scratch or from the checkpoint, and write what the docstring of this file lists.
 
-    A SIGINT or SIGTERM becomes SystemExit, once the iteration is done and saved.
+    A signal that asks for an end becomes SystemExit, once the iteration is done and saved.
     """
     reader, amp = set_up(options)
-    settings = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
-    settings |= {"amp": amp or "float32", "processes": reader.world_size,
-                 "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
-    z_shown = network.face_latents(options.seed, range(100), options.z_dim, options.noise)
     with output_folder(options) as folder, noted_signals() as signals:
         state = build(options, amp)
-        load(folder, state, settings)
+        state.batches = len(reader)
+        state.settings = {
+            **{name: value for name, value in vars(options).items() if name not in MAY_CHANGE},
+            "amp": amp or "float32", "processes": reader.world_size,
+            "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
+        load(folder / "checkpoint.safetensors", state, options.change)
         history = cut_table(folder / "losses.csv", state.step)
-        total = options.epochs * len(reader)
-        if state.step:
-            say(f"{folder}: going on after iteration {state.step} of {total}")
+        steps_before, epochs_before = state.origin
+        total = steps_before + max(0, options.epochs - epochs_before) * len(reader)
         if is_main():
-            draw_training_images(folder / "training_images.png", reader, options.augment)
-        images_per_step = options.batch_size * reader.world_size
-        pending = {}  # values of `iterate` by (step, epoch, batch), until the next log
-        next_save = 0.0  # the first log saves
-        with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
-                  initial=state.step * images_per_step, disable=not is_main()) as bar:
-            while state.step < total:
-                epoch, number = divmod(state.step, len(reader))  # both from 0
-                state.step += 1
-                images = to_device(reader.batch(epoch + 1, number))
-                z, numbers = map(to_device, random_numbers(options, state.step, reader.rank))
-                values = iterate(state, images, z, numbers, options.d_steps, amp)
-                # Warmed up: at first the average spans the last tenth of the iterations, so that a
-                # short run does not draw with the weights that it began with.
-                decay = min(options.ema_decay, (1 + state.step) / (10 + state.step))
-                network.average_weights(state.average, state.generator, decay)
-                pending[state.step, epoch + 1, number + 1] = values
-
-                is_last = state.step == total
-                is_stopped = bool(signals)
-                sample_now = is_last or state.step % options.sample_every == 0
-                if not (sample_now or is_stopped or state.step % options.log_every == 0):
-                    continue
-                losses = log(folder, history, pending)
-                bar.update(len(pending) * images_per_step)
-                bar.set_description(f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}",
-                                    refresh=False)
-                bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses))
-                pending.clear()
-                save_now = from_main(is_last or is_stopped or time.monotonic() >= next_save)
-                if sample_now:
-                    # roughly, even if a save is due: grids must not depend on the clock
-                    network.estimate_statistics(state.average, options.noise, 5 if is_last else 1)
-                    faces = dataReader.grid(network.draw_faces(state.average, z_shown))
-                    if is_main():
-                        dataReader.save_png(folder / f"{epoch + 1:04d}_{number + 1:04d}.png", faces)
-                if save_now:
-                    network.estimate_statistics(state.average, options.noise)
-                    save(folder, state, settings, history)
-                    next_save = time.monotonic() + 60 * options.save_minutes
-                if is_stopped:
-                    say(f"stopped after iteration {state.step}, which is saved: the same command"
-                        " (without --restart) goes on")
-                    raise SystemExit(128 + signals[0])
+            announce(folder, state, reader, total)
+        attempt(draw_training_images, folder / "training_images.png", reader, options.augment)
+        train_until(total, folder, state, reader, options, amp, history, signals)
+        attempt(draw_comparison, folder / "real_vs_fake.png", reader, state)
         if is_main():
-            faces = network.draw_faces(state.average, z_shown)
-            dataReader.save_grids(folder / "real_vs_fake.png",
-                                  Real_faces=reader.sample(100), Generated_faces=faces)
+            path = shlex.quote(str(folder / "generator.safetensors"))
             print(f"{state.step} iterations done; to draw faces:"
-                  f" python generator.py --checkpoint {folder / 'generator.safetensors'}")
+                  f" python generator.py --checkpoint {path}")
+
+
+def train_until(total, folder, state, reader, options, amp, history, signals):
+    """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
+    images_per_step = options.batch_size * reader.world_size
+    pending = {}  # values of `iterate` by (step, epoch, batch), until the next log
+    next_save = 0.0  # the first log saves
+    if state.step >= total:  # the last process may have been killed while it wrote these
+        write_results(folder, state, history)
+    with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
+              initial=state.step * images_per_step, disable=not is_main()) as bar:
+        while state.step < total:
+            epoch, batch = state.place()
+            state.step += 1
+            images = to_device(reader.batch(epoch + 1, batch))
+            z, numbers = map(to_device, random_numbers(options, state.step, reader.rank))
+            values = iterate(state, images, z, numbers, options.d_steps, amp)
+            # Warmed up: at first the average spans the last tenth of the iterations, so that a
+            # short run does not draw with the weights that it began with.
+            decay = min(options.ema_decay, (1 + state.step) / (10 + state.step))
+            network.average_weights(state.average, state.generator, decay)
+            pending[state.step, epoch + 1, batch + 1] = values
+
+            is_last = state.step == total
+            is_stopped = bool(signals)
+            sample_now = is_last or state.step % options.sample_every == 0
+            if not (sample_now or is_stopped or state.step % options.log_every == 0):
+                continue
+            losses = log(folder, history, pending, state)
+            bar.update(len(pending) * images_per_step)
+            where = f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}"
+            bar.set_description(where, refresh=False)
+            bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses))
+            pending.clear()
+            save_now = from_main(is_last or is_stopped or time.monotonic() >= next_save)
+            if sample_now:
+                state.grids.append(f"{epoch + 1:04d}_{batch + 1:04d}")
+                sample(folder, state, options.keep, exact=is_last)
+            if save_now:
+                network.estimate_statistics(state.average, options.noise)
+                save(folder / "checkpoint.safetensors", state)
+                write_results(folder, state, history)
+                next_save = time.monotonic() + 60 * options.save_minutes
+            if is_stopped:
+                say(f"stopped after iteration {state.step}, which is saved: the same command"
+                    " (without --restart) goes on")
+                raise SystemExit(128 + signals[0])
 
 
 def main():

@@ -79,7 +79,8 @@ def test_two_processes_train_one_model_and_go_on(place):
 
     assert "going on after iteration 4 of 8" in train(place, 2, "--epochs", 2)
     assert sorted(path.name for path in (place / "Output").iterdir()) == [
-        "0001_0004.png", "0002_0004.png", "checkpoint.safetensors",
+        "0001_0004.png", "0001_0004.safetensors", "0002_0004.png", "0002_0004.safetensors",
+        "checkpoint.safetensors",
         "generator.safetensors", "losses.csv", "losses.png", "progress.gif",
         "real_vs_fake.png", "training_images.png"]
     train(place, 2, "--epochs", 2, "--output_path", "whole")

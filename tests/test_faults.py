@@ -16,14 +16,15 @@ import pytest
 from conftest import ROOT, complaint, link_images, photo, run, start
 from PIL import Image
 
-from dataReader import Problem
-from network import Generator, save_generator
-from train import iterate, main
+import dataReader
+from dataReader import Problem, grid
+from network import Generator, draw_faces, face_latents, load_generator, save_generator
+from train import iterate, main, noted_signals
 from weightInit import read_tensors, write_tensors
 
 # A run of 40 epochs of 8 batches, a few milliseconds each.
 MINI = ("--device", "cpu", "--image_size", 32, "--width", 4, "--z_dim", 8, "--batch_size", 8,
-        "--epochs", 40, "--log_every", 1, "--sample_every", 20)
+        "--epochs", 40, "--log_every", 1, "--sample_every", 20, "--keep", 3)
 LIMIT = 20_000  # bytes; of a file when the disk is full, in these tests
 
 
@@ -57,7 +58,20 @@ def untouched(tmp_path_factory, images):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in (folder / "Output").iterdir()}
+    return {path.name: path.read_bytes() for path in (folder / "Output").iterdir()
+            if path.is_file()}
+
+
+def train_here(place, monkeypatch, *flags):
+    """Run train.py in this process, which is much faster than another."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, (*MINI, *flags))])
+    main()
+
+
+def facts(folder):
+    """What a checkpoint says beside its tensors."""
+    return read_tensors(folder / "Output" / "checkpoint.safetensors", "checkpoint")[1]
 
 
 def steps(folder):
@@ -128,9 +142,12 @@ def test_more_epochs_extend_a_finished_run(place, untouched):
     assert contents(place) == before
     run(place, "train.py", *MINI)
     now = contents(place)
-    del now["0038_0008.png"], now["progress.gif"]  # which has that grid too
-    assert now == {name: data for name, data in untouched.items() if name in now}
-    assert len(now) == len(untouched) - 1
+    # that grid was not drawn when the run was not stopped
+    other = ["0038_0008.png", "progress.gif", "checkpoint.safetensors"]
+    assert {name: data for name, data in now.items() if name not in other} == {
+        name: data for name, data in untouched.items() if name not in other}
+    assert (read_tensors(place / "Output" / other[-1], "checkpoint")[1]["grids"][-2:]
+            == ["0038_0008", "0040_0008"])
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -177,19 +194,152 @@ def test_changed_code_is_said_and_a_run_goes_on(place, monkeypatch, tmp_path):
     assert info["step"] == 24
 
 
-def test_other_settings_are_not_mixed_in(place):
-    run(place, "train.py", *MINI, "--epochs", 1)
+def test_other_settings_are_not_mixed_in(place, monkeypatch):
+    train_here(place, monkeypatch, "--epochs", 1)
     before = contents(place)
-    line = complaint(place, "train.py", *MINI, "--width", 8, "--learning_rate", 0.001)
-    assert "width 4 (now 8)" in line
-    assert "learning_rate 0.0002 (now 0.001)" in line
-    assert "--output_path" in line
-    assert "--restart" in line
-    assert contents(place) == before
-    printed = run(place, "train.py", *MINI, "--epochs", 1, "--width", 8, "--restart")
-    assert "Output is now in Output.1" in printed
-    (place / "Output").rename(place / "new")
-    (place / "Output.1").rename(place / "Output")
+    flags = "--width", 8, "--learning_rate", 0.001
+    for change in ["--no-change"], ["--change"]:  # networks of another width are not these
+        with pytest.raises(Problem) as error:
+            train_here(place, monkeypatch, *flags, *change)
+        assert "learning_rate 0.0002 (now 0.001), width 4 (now 8)" in str(error.value)
+        assert "--output_path" in str(error.value)
+        assert "--restart" in str(error.value)
+        assert "--change" not in str(error.value)
+        del error  # it holds the run's frame, and with it the lock on Output
+        assert contents(place) == before
+
+
+def test_settings_that_fit_may_change_if_told(place, monkeypatch, capsys):
+    """The epoch that has begun is left, as its batches are others now."""
+    train_here(place, monkeypatch, "--epochs", 1)
+    stop_after(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        train_here(place, monkeypatch, "--epochs", 2)
+    monkeypatch.setattr("train.iterate", iterate)
+    flags = "--epochs", 4, "--learning_rate", 0.0001, "--batch_size", 16, "--augment"
+    with pytest.raises(Problem, match="pass --change") as error:
+        train_here(place, monkeypatch, *flags)
+    told = "augment False (now True), batch_size 8 (now 16), learning_rate 0.0002 (now 0.0001)"
+    assert told in str(error.value)
+    del error
+    capsys.readouterr()
+    train_here(place, monkeypatch, *flags, "--change")
+    assert f"changed after iteration 12: {told}" in capsys.readouterr().err
+    rows = (place / "Output" / "losses.csv").read_text().splitlines()[1:]
+    places = [[int(cell) for cell in row.split(",")[:3]] for row in rows]
+    assert places == [*([step, 1, step] for step in range(1, 9)),
+                      *([step, 2, step - 8] for step in range(9, 13)),
+                      *([step, 3, step - 12] for step in range(13, 17)),
+                      *([step, 4, step - 16] for step in range(17, 21))]
+    assert facts(place)["changes"] == [f"iteration 12: {told}"]
+    train_here(place, monkeypatch, *flags, "--epochs", 5)  # needs no --change again
+    assert facts(place)["step"] == 24
+    assert facts(place)["grids"] == ["0001_0008", "0004_0004", "0005_0004"]
+
+
+def stop_after(monkeypatch, iterations):
+    """Let a signal come in that iteration."""
+    count = itertools.count(1)
+
+    def stopped(*args):
+        if next(count) == iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(*args)
+
+    monkeypatch.setattr("train.iterate", stopped)
+
+
+def test_restart_moves_what_a_run_wrote_and_nothing_else(place, monkeypatch, capsys):
+    """Out of a folder that is a link, too."""
+    (place / "disk").mkdir()
+    (place / "Output").symlink_to("disk")
+    train_here(place, monkeypatch, "--epochs", 3)
+    before = contents(place)
+    own = {"notes.txt": b"mine", "1_1.png": b"no grid", "other/checkpoint.safetensors": b"run"}
+    for name, data in own.items():
+        (place / "disk" / name).parent.mkdir(exist_ok=True)
+        (place / "disk" / name).write_bytes(data)
+    for number in 1, 2:
+        train_here(place, monkeypatch, "--epochs", 1, "--restart", "--seed", number)
+        assert f"the run in Output is now in Output/earlier-{number}" in capsys.readouterr().err
+    moved = {path.name: path.read_bytes() for path in (place / "disk" / "earlier-1").iterdir()}
+    assert moved == before
+    assert "0003_0004.safetensors" in moved
+    for name, data in own.items():
+        assert (place / "disk" / name).read_bytes() == data
+    assert (place / "Output").is_symlink()
+    assert facts(place)["step"] == 8
+
+
+def test_grids_that_are_not_this_runs_are_left_alone(place, monkeypatch):
+    """Foreign pictures, those of a run that did not come to a checkpoint; and a column of others'.
+    """
+    output = place / "Output"
+    output.mkdir()
+    for name in "1_1.png", "0000_0001.png", "0001_0001.png":
+        (output / name).write_bytes(b"no grid")
+    (output / "losses.csv").write_text("step,epoch,batch\n1,1,1,9,9,9,9\n")
+    train_here(place, monkeypatch, "--epochs", 3)
+    with Image.open(output / "progress.gif") as animation:
+        assert animation.n_frames == 2
+    table = output / "losses.csv"
+    before = table.read_bytes()
+    rows = before.decode().splitlines()
+    assert rows[1] != "1,1,1,9,9,9,9"
+    table.write_text("".join(f"{row},{number}\r\n" for number, row in enumerate(rows)))
+    train_here(place, monkeypatch, "--epochs", 3)
+    assert table.read_bytes() == before
+
+
+def test_every_grid_keeps_its_generator(place, monkeypatch):
+    """At most `keep`, spread over the run; which ones, a kill at any moment does not change."""
+    flags = "--epochs", 3, "--sample_every", 2
+    train_here(place, monkeypatch, *flags, "--keep", 20)
+    output = place / "Output"
+    grids = facts(place)["grids"]
+    assert len(grids) == 12
+    z = face_latents(0, range(100), 8, "normal")
+    for name in grids:
+        generator, info = load_generator(output / f"{name}.safetensors")
+        drawn = grid(draw_faces(generator, z))
+        np.testing.assert_array_equal(drawn, np.asarray(Image.open(output / f"{name}.png")))
+        assert info["step"] == 8 * (int(name[:4]) - 1) + int(name[5:])
+    tensors, _ = read_tensors(output / f"{grids[0]}.safetensors", "generator")
+    assert not any(name.startswith("raw.") for name in tensors)
+
+    train_here(place, monkeypatch, *flags, "--keep", 5, "--output_path", "five")
+    kept = sorted(path.stem for path in (place / "five").glob("0*.safetensors"))
+    assert kept == grids[3::4]
+    assert len(list((place / "five").glob("0*.png"))) == 12
+
+
+def test_picture_that_fails_is_a_line(place, monkeypatch, capsys):
+    """And what is worth most is written first."""
+    written = []
+    monkeypatch.setattr("train.draw_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr("dataReader.save_grids", lambda *_, **__: Image.open("no such file"))
+    replacing = dataReader.replacing
+
+    def noted(path, sync=True):
+        written.append(path.name)
+        return replacing(path, sync)
+
+    monkeypatch.setattr("dataReader.replacing", noted)
+    monkeypatch.setattr("weightInit.replacing", noted)
+    train_here(place, monkeypatch, "--epochs", 1)
+    told = capsys.readouterr().err
+    assert "Output/losses.png could not be drawn: division by zero" in told
+    assert "Output/real_vs_fake.png could not be drawn: " in told
+    assert written[-3:] == ["checkpoint.safetensors", "generator.safetensors", "progress.gif"]
+    assert facts(place)["step"] == 8
+
+
+def test_kill_between_checkpoint_and_generator_leaves_no_old_generator(place, monkeypatch):
+    train_here(place, monkeypatch, "--epochs", 1)
+    before = contents(place)
+    for name in "generator.safetensors", "losses.png", "progress.gif":
+        (place / "Output" / name).write_bytes(b"old")
+    train_here(place, monkeypatch, "--epochs", 1)
     assert contents(place) == before
 
 
@@ -240,42 +390,89 @@ def test_checkpoint_names_the_settings_that_change_the_result(place):
         "width", "z_dim"]
 
 
-def test_generator_without_checkpoint_is_not_overwritten(place):
-    run(place, "train.py", *MINI, "--epochs", 1)
+def test_generator_without_checkpoint_is_not_overwritten(place, monkeypatch, capsys):
+    train_here(place, monkeypatch, "--epochs", 1)
     (place / "Output" / "checkpoint.safetensors").unlink()
     before = contents(place)
-    assert "--restart" in complaint(place, "train.py", *MINI)
-    assert contents(place) == before
+    train_here(place, monkeypatch, "--epochs", 1, "--seed", 1)
+    told = "the run in Output has no checkpoint and is now in Output/earlier-1"
+    assert told in capsys.readouterr().err
+    aside = place / "Output" / "earlier-1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert facts(place)["step"] == 8
 
 
-def test_divergence_is_named_and_the_checkpoint_kept(place, monkeypatch):
-    """A loss, then a weight, that is no number at iteration 11 of a run that saves every 2."""
-    monkeypatch.chdir(place)
-    monkeypatch.setattr("sys.argv", ["train.py", *map(str, MINI), "--save_minutes", "0"])
-    monkeypatch.setattr("train.draw_curves", lambda *_: None)
+def test_signals_that_ask_for_an_end_are_noted_and_handlers_put_back():
+    """SIGHUP of a closed terminal and SIGUSR1 of Slurm too; what nohup ignores stays ignored."""
+    asking = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+    before = [signal.getsignal(number) for number in asking]
+    for number in asking:
+        with noted_signals() as noted:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert noted == [number]
+        assert [signal.getsignal(number) for number in asking] == before
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with noted_signals() as noted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not noted
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
-    def poison(loss, weight, step):
-        steps = itertools.count(step + 1)
+
+def test_stop_is_saved_though_nobody_hears_it(place, monkeypatch):
+    """The terminal is gone: whatever is written to it is an error."""
+    stop_after(monkeypatch, 3)
+    closed = os.dup(2)
+    os.close(2)
+    try:
+        with pytest.raises(SystemExit) as end:
+            train_here(place, monkeypatch)
+    finally:
+        os.dup2(closed, 2)
+        os.close(closed)
+    assert end.value.code == 143
+    assert facts(place)["step"] == steps(place) == 3
+
+
+def test_divergence_is_named_and_the_advice_can_be_followed(place, monkeypatch):
+    """A loss, then a weight, that is no number at iteration 11 of a run that saves every log."""
+    flags = "--save_minutes", 0
+
+    def poison(loss, weight):
+        count = itertools.count(1)
 
         def poisoned(state, *others):
             values = iterate(state, *others)
-            if next(steps) == 11:
+            if next(count) == 11:
                 values = values * loss
                 parameter = state.discriminator.parameters()[0]
                 parameter.set_value(parameter * weight)
             return values
         return poisoned
 
-    checkpoint = place / "Output" / "checkpoint.safetensors"
-    for loss, weight, step, word in (
-            (np.nan, 1, 0, "loss of iteration 11"), (1, np.inf, 10, "finite at iteration 11")):
-        monkeypatch.setattr("train.iterate", poison(loss, weight, step))
+    for loss, weight, log_every, saved, word in (
+            (np.nan, 1, 3, 9, "loss of iteration 11 is not"),
+            (1, np.inf, 1, 10, "finite at iteration 11")):
+        monkeypatch.setattr("train.iterate", poison(loss, weight))
+        drawn = []
+        monkeypatch.setattr("train.draw_curves", lambda _, history, drawn=drawn: drawn.append(
+            len(history) // 7))
         with pytest.raises(Problem, match=word) as error:
-            main()
-        assert "--learning_rate" in str(error.value)
-        _, info = read_tensors(checkpoint, "checkpoint")
-        assert info["step"] == 10
+            train_here(place, monkeypatch, *flags, "--restart", "--log_every", log_every)
+        advice = str(error.value)
         del error  # it holds the run's frame, and with it the lock on Output
+        assert facts(place)["step"] == saved
+        assert steps(place) == 10 + (loss == 1)  # all that were finite
+        assert loss == 1 or drawn[-1] == 10
+    monkeypatch.setattr("train.iterate", iterate)
+    advised = re.findall(r"(--change --\w+ [\d.]+)", advice)
+    assert advised == ["--change --learning_rate 0.0001", "--change --g_steps 3"]
+    for number, tried in enumerate(advised, 2):
+        train_here(place, monkeypatch, *flags, *tried.split(), "--epochs", number)
+        assert facts(place)["step"] == 8 * number
 
 
 def test_second_process_on_the_same_output_stops(place, untouched):
@@ -290,9 +487,11 @@ def test_second_process_on_the_same_output_stops(place, untouched):
 def test_full_disk_leaves_the_checkpoint_whole(place):
     run(place, "train.py", *MINI, "--epochs", 1)
     before = contents(place)
-    line = complaint(
-        place, "train.py", *MINI, "--epochs", 2, "--save_minutes", 0, preexec_fn=disk_full)
-    assert "cannot write Output/" in line
+    told = run(place, "train.py", *MINI, "--epochs", 2, "--save_minutes", 0, status=1,
+               preexec_fn=disk_full)
+    assert "Output/training_images.png could not be drawn: cannot write" in told
+    assert told.splitlines()[-1].startswith("train.py: cannot write Output/checkpoint.safetensors")
+    assert "Traceback" not in told
     after = contents(place)
     assert after["checkpoint.safetensors"] == before["checkpoint.safetensors"]
     assert after["generator.safetensors"] == before["generator.safetensors"]

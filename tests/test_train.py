@@ -210,7 +210,8 @@ def test_device_is_read_only_when_the_log_is_written(trained, tmp_path, monkeypa
 def test_run_leaves_what_the_docstring_lists(trained):
     output = trained / "Output"
     assert sorted(path.name for path in output.iterdir()) == [
-        "0001_0004.png", "0002_0002.png", "0002_0006.png",
+        "0001_0004.png", "0001_0004.safetensors", "0002_0002.png", "0002_0002.safetensors",
+        "0002_0006.png", "0002_0006.safetensors",
         "checkpoint.safetensors", "generator.safetensors", "losses.csv", "losses.png",
         "progress.gif", "real_vs_fake.png", "training_images.png"]
     rows = table(trained)
