@@ -280,8 +280,8 @@ def save_generator(path, generator, raw, noise, step, half=False):
     """Save all that sampling needs: weights, BN statistics, z_dim, image_size, width, noise, step.
 
     `generator` is the averaged one, its statistics estimated, `raw` the one in training, or None to
-    leave it out. With `half` all is stored in float16: half the bytes, and of a full-size net's faces
-    1.5 % of the values change, by 1 of 255.
+    leave it out. With `half` all is stored in float16: half the bytes, and 1.5 % of the values in a
+    full-size net's faces change by 1 of 255.
     """
     tensors = generator.state_dict()
     if raw is not None:
