@@ -237,14 +237,9 @@ def to_device(array):
 # The rule: all make all calls, since each may wait for the others; where a file or a line is
 # written, and only there, `is_main()` is asked.
 
-def rank():
-    """This process's number, from 0; without others Paddle would believe a stale variable."""
-    return dist.get_rank() if dist.get_world_size() > 1 else 0
-
-
 def is_main():
     """Whether this process is the one that writes."""
-    return rank() == 0
+    return dist.get_world_size() == 1 or dist.get_rank() == 0  # alone, a stale rank is believed
 
 
 def from_main(value):
@@ -277,9 +272,10 @@ def set_up(options):
         raise Problem(f"PADDLE_TRAINERS_NUM is {processes}, but Paddle's launcher did not start"
                       " this process: unset it")
     weightInit.use_device(options.device)
-    reader = dataReader.FaceReader(
-        options.data_path, options.image_size, options.batch_size, options.seed, rank(), processes,
-        options.flip)  # one process packs, the others wait
+    rank = dist.get_rank() if processes > 1 else 0
+    reader = dataReader.FaceReader(  # one process packs, the others wait
+        options.data_path, options.image_size, options.batch_size, options.seed, rank, processes,
+        options.flip)
     if processes > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU
     amp = weightInit.amp_type(options.amp)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, complaint, link_images, run, table
 
-from dataReader import FaceReader
+from dataReader import FaceReader, Problem
 from network import Discriminator, Generator, latent, loss
+from train import main
 from weightInit import paddle, read_tensors
 
 FLAGS = ("--device", "cpu", "--image_size", 32, "--width", 4, "--z_dim", 8, "--batch_size", 8,
@@ -139,6 +140,14 @@ def check_algorithm(place):
         np.testing.assert_allclose(tensors[f"D.{name}"], D[0][name], rtol=1e-3, atol=1e-5)
 
 
+def test_variable_of_a_launcher_that_is_not_there(monkeypatch):
+    monkeypatch.delenv("PADDLE_TRAINER_ENDPOINTS", raising=False)
+    monkeypatch.setattr("train.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(Problem, match="PADDLE_TRAINERS_NUM is 2, .*: unset it"):
+        main()
+
+
 @pytest.mark.slow
 def test_one_process_on_the_launcher_is_plain_training(place):
     """With settings for which the number of threads shows in the result: the launcher sets one."""
@@ -163,8 +172,8 @@ def test_one_process_on_the_launcher_is_plain_training(place):
 @pytest.mark.parametrize("kills", [
     [(1, signal.SIGKILL)],
     pytest.param([(0, signal.SIGKILL)], marks=pytest.mark.slow),
-    pytest.param([("launcher", signal.SIGINT), ("launcher", signal.SIGKILL)],
-                 marks=pytest.mark.slow)])
+    pytest.param([("launcher", number) for number in (
+        signal.SIGINT, signal.SIGKILL, signal.SIGTERM)], marks=pytest.mark.slow)])
 def test_dead_process_ends_the_run_and_it_can_go_on(place, kills):
     checkpoint = place / "Output" / "checkpoint.safetensors"
     step = 0

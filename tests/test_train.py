@@ -334,9 +334,9 @@ def test_losses_are_drawn_however_many(tmp_path):
     """Each curve is in its panel, from left to right, in less than a second."""
     for count in 1, 30, 12_000, 1_000_000:
         rng = np.random.default_rng(0)
-        rows = np.stack([np.arange(1, count + 1), rng.normal(0.5, 0.1, count),
-                         rng.normal(2.0, 0.1, count), rng.normal(0.8, 0.01, count),
-                         rng.normal(0.2, 0.01, count)], 1)
+        step = np.arange(1, count + 1)
+        curves = [rng.normal(mean, 0.01, count) for mean in (0.5, 2.0, 0.8, 0.2)]
+        rows = np.stack([step, step, step, *curves], 1)
         start = time.perf_counter()
         draw_curves(tmp_path / "losses.png", array.array("f", rows.ravel().tolist()))
         assert time.perf_counter() - start < 5
@@ -448,11 +448,23 @@ def test_threads_change_rounding_only(trained, tmp_path, monkeypatch):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3)
 
 
-def test_amp_is_off_on_a_cpu(trained, tmp_path):
+def test_environments_that_others_left_change_nothing(trained, tmp_path):
+    """A notebook's backend, a matplotlibrc that wants LaTeX, a rank of a launcher; and amp."""
     (tmp_path / "imgs").symlink_to(trained / "imgs")
-    assert "amp is off" in run(tmp_path, "train.py", "--epochs", 1, *TINY, "--amp")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 3\n")
+    env = {**os.environ, "MPLBACKEND": "module://no_such.backend", "PADDLE_TRAINER_ID": "1"}
+    printed = run(tmp_path, "train.py", "--epochs", 1, *TINY, "--amp", env=env)
+    assert "amp is off" in printed
+    assert "could not" not in printed
+    assert "100 images" in printed
+    assert re.search(r"G with [\d,]{5,} parameters, D with [\d,]{5,}, 6 iterations", printed)
     assert table(tmp_path) == table(trained)[:6]
-    assert "going on after" in run(tmp_path, "train.py", "--epochs", 2, *TINY)
+    sizes = [Image.open(folder / "Output" / "losses.png").size for folder in (trained, tmp_path)]
+    assert sizes[0] == sizes[1]
+    assert "going on after" in run(tmp_path, "train.py", "--epochs", 2, *TINY, env=env)
+    assert ((tmp_path / "Output" / "generator.safetensors").read_bytes()
+            == (trained / "Output" / "generator.safetensors").read_bytes())
+    assert "no more are asked for" in run(tmp_path, "train.py", "--epochs", 1, *TINY)
 
 
 def test_error_while_a_batch_is_read_ends_the_run(trained, tmp_path, monkeypatch):
