@@ -163,13 +163,13 @@ def g_step(G, D, optimizer, scaler, fake):
 
     `fake` are images `[N, 3, S, S]` with the way back to G's parameters; D's are frozen meanwhile.
     """
-    trainable = [parameter for parameter in D.parameters() if not parameter.stop_gradient]
-    for parameter in trainable:
-        parameter.stop_gradient = True
+    weights = network.weights(D)
+    for weight in weights:
+        weight.stop_gradient = True
     g_loss = network.loss(D(fake), 1)
     descend(g_loss, G, optimizer, scaler)
-    for parameter in trainable:
-        parameter.stop_gradient = False
+    for weight in weights:
+        weight.stop_gradient = False
     return g_loss.detach()
 
 
@@ -239,7 +239,7 @@ def to_device(array):
 
 def is_main():
     """Whether this process is the one that writes."""
-    return dist.get_world_size() == 1 or dist.get_rank() == 0  # alone, a stale rank is believed
+    return dist.get_rank() == 0
 
 
 def from_main(value):
@@ -264,19 +264,13 @@ def set_up(options):
 
     The images are packed before, since who waits for the others gives up after 15 minutes.
     """
-    processes = dist.get_world_size()
-    if "PADDLE_TRAINER_ENDPOINTS" in os.environ:  # end with the launcher, however it ends
+    if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Paddle's own handler can hang
-    elif processes > 1:
-        raise Problem(f"PADDLE_TRAINERS_NUM is {processes}, but Paddle's launcher did not start"
-                      " this process: unset it")
     weightInit.use_device(options.device)
-    rank = dist.get_rank() if processes > 1 else 0
     reader = dataReader.FaceReader(  # one process packs, the others wait
-        options.data_path, options.image_size, options.batch_size, options.seed, rank, processes,
-        options.flip)
-    if processes > 1:
+        options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
+        dist.get_world_size(), options.flip)
+    if dist.get_world_size() > 1:
         dist.init_parallel_env()  # which with --backend gloo takes the CPU
     amp = weightInit.amp_type(options.amp)
     check_same((vars(options), code_digest(), reader.digest, amp),
@@ -426,9 +420,8 @@ def load(path, state, change):
                            (state.discriminator, state.discriminator_optimizer)):
         # A step with gradients of zero: Adam makes what it keeps, where it wants it. On a GPU
         # set_state_dict puts the powers of beta on the card, which takes another kernel.
-        for parameter in net.parameters():
-            if not parameter.stop_gradient:
-                parameter.grad = paddle.zeros_like(parameter)
+        for weight in network.weights(net):
+            weight.grad = paddle.zeros_like(weight)
         optimizer.step()
         optimizer.clear_grad(False)
     tensors = tensors_by_name(state)
@@ -556,6 +549,8 @@ def draw_curves(path, history):
 
     Of a long run the ranges and means of a thousand stretches are drawn.
     """
+    if not history:
+        return
     table = np.array(history).reshape(-1, 7)[:, [0, 3, 4, 5, 6]]
     starts = np.arange(0, len(table), 1 + len(table) // 1000)
     lengths = np.diff([*starts, len(table)])[:, None]
@@ -642,7 +637,7 @@ def noted_signals():
     """
     def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
         noted.append(number)
-        if "PADDLE_TRAINER_ENDPOINTS" not in os.environ:  # Paddle's launcher sends several
+        if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
@@ -665,10 +660,10 @@ def announce(folder, state, reader, total):
         say(f"{folder}: {state.step} iterations are done, and no more are asked for: pass more"
             " --epochs to go on")
         return
-    sizes = [sum(weight.size for weight in net.parameters() if not weight.stop_gradient)
-             for net in (state.generator, state.discriminator)]
-    say(f"on {paddle.get_device()} in {state.settings['amp']}: {len(reader.images)} images, G with"
-        f" {sizes[0]:,} parameters, D with {sizes[1]:,}, {total:,} iterations in all")
+    g_size, d_size = (sum(weight.size for weight in network.weights(net))
+                      for net in (state.generator, state.discriminator))
+    say(f"{weightInit.device_name()}, {state.settings['amp']}: {len(reader.images)} images,"
+        f" {g_size:,} weights in G, {d_size:,} in D, {total:,} iterations in all")
     if len(reader.images) < 1000 and not state.settings["augment"]:
         say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
             " --augment")

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, complaint, link_images, run, table
 
-from dataReader import FaceReader, Problem
+from dataReader import FaceReader
 from network import Discriminator, Generator, latent, loss
-from train import main
 from weightInit import paddle, read_tensors
 
 FLAGS = ("--device", "cpu", "--image_size", 32, "--width", 4, "--z_dim", 8, "--batch_size", 8,
@@ -138,14 +137,6 @@ def check_algorithm(place):
     D = [pair[1].state_dict() for pair in nets]
     for name in D[0]:
         np.testing.assert_allclose(tensors[f"D.{name}"], D[0][name], rtol=1e-3, atol=1e-5)
-
-
-def test_variable_of_a_launcher_that_is_not_there(monkeypatch):
-    monkeypatch.delenv("PADDLE_TRAINER_ENDPOINTS", raising=False)
-    monkeypatch.setattr("train.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    with pytest.raises(Problem, match="PADDLE_TRAINERS_NUM is 2, .*: unset it"):
-        main()
 
 
 @pytest.mark.slow
