@@ -15,6 +15,7 @@ import math
 import os
 import re
 import resource
+import signal
 import stat
 import sys
 import threading
@@ -27,12 +28,18 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
+if sys.platform != "linux":
+    sys.exit("these scripts are for Linux; on Windows it is in WSL2, on a Mac in a virtual machine")
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
+# While libraries load, Ctrl-C ends a script at once, without a traceback. Not what imports this.
+if (signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
-
-if sys.platform != "linux":
-    sys.exit("these scripts are for Linux; on Windows it is in WSL2, on a Mac in a virtual machine")
 
 # --- settings (each is also a flag, e.g. --image_size 128) ---------------------------------------
 data_path = "imgs"      # folder of training images, searched recursively
@@ -43,7 +50,8 @@ output_path = "Output"  # where training_images.png is written
 
 # --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
-THREADS = min(8, len(os.sched_getaffinity(0)))  # more would wait for Python's lock
+NO_MEMORY = re.compile("MemoryError|ResourceExhausted|bad_alloc|[Oo]ut of memory|start new thread"
+                       "|Cannot allocate memory|failed to map segment")
 
 
 class Problem(Exception):
@@ -94,12 +102,6 @@ def as_bool(value):
     return bool(value)
 
 
-def as_text(value):
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
 def as_path(value):
     path = os.fspath(value)
     if not path or "\0" in path:
@@ -108,7 +110,7 @@ def as_path(value):
 
 
 YES_NO = Kind("True or False", as_bool, {"action": argparse.BooleanOptionalAction})
-TEXT = Kind("a text", as_text, {"metavar": "str"})
+TEXT = Kind("a text", str, {"metavar": "str"})
 PATH = Kind("a path", as_path, {"metavar": "path"})
 
 # --- what the settings above may be, and what --demo stands for ----------------------------------
@@ -189,40 +191,122 @@ def command_line(script):
     return options
 
 
+class Messages:
+    """In place of sys.stdout or sys.stderr: a message that cannot be delivered is no error.
+
+    The terminal may be closed, the disk full, or a character not be in the terminal's encoding.
+    """
+
+    def __init__(self, stream):
+        if stream is None:  # it was closed; its number must not be given to a file with data
+            stream = open(os.devnull, "w")  # noqa: SIM115
+        self.stream = stream
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_script(main):
-    """Call a script's `main`; a Problem or an OSError becomes one line on stderr and status 1."""
-    name = Path(sys.argv[0]).name
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any file's name can be printed
+    """Call a script's `main`; what is no mistake of the code ends in one line and status 1."""
+    sys.stdout = Messages(sys.stdout)
+    sys.stderr = Messages(sys.stderr)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see the top of this file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except Problem as problem:
-        sys.exit(f"{name}: {problem}")
-    except OSError as error:
-        if error.errno is None and "External" in str(error):  # Paddle's, of CUDA, cuDNN or NCCL
-            sys.exit(f"{name}: the GPU failed: {paddle_error_text(error)}")
-        sys.exit(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
-    except MemoryError as error:
-        sys.exit(f"{name}: out of memory: a smaller batch_size, width or image_size needs less;"
-                 f" {paddle_error_text(error)}")
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: interrupted")
         sys.exit(130)
+    except Exception as error:
+        line = error_line(error)
+        if line is None:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {printable(line)}")
+
+
+def report(kind, error, trace):
+    """One line in place of a traceback, if what failed before `main` is no mistake of the code."""
+    line = error_line(error)
+    if line is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"{Path(sys.argv[0]).name}: {printable(line)}", file=sys.stderr)
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script loads: see the top of this file
+    sys.excepthook = report
+
+
+def error_line(error):
+    """What to tell the user about an error; None if it is a mistake of the code."""
+    text = paddle_error_text(error)
+    if isinstance(error, Problem):
+        return str(error)
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        advice = ""
+        if "paddle" in sys.modules:  # it was not an image that took too much
+            advice = ": a smaller batch_size, width or image_size needs less"
+        return f"out of memory{advice}; {text or type(error).__name__}"
+    if re.search("(CU|NC)[A-Z]+ error", text):  # of CUDA, cuDNN, cuBLAS or NCCL
+        return f"the GPU failed: {text}"
+    if isinstance(error, OSError) and "(External)" not in str(error):  # Paddle's, of anything
+        return f"{error.filename or 'input/output'}: {error.strerror or error}"
+    return None
 
 
 def paddle_error_text(error):
     """What an error of Paddle's says, on one line, without its hints and its place in C++."""
-    text = str(error).split("Error Message Summary:")[-1]
-    return " ".join(re.split(r"\[Hint|\(at |Please check", text)[0].strip("- \n").split())
-
-
-def say(line):
-    """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    text = re.split("Error Message Summary:|Error message in backward of [^=]*=+", str(error))[-1]
+    return " ".join(re.split(r"\[Hint|\(at |Please check|\bAt:\n", text)[0].strip("- \n").split())
 
 
 def printable(text):
     """A text with what could confuse a terminal, as an escape sequence in a name, written out."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text))
+
+
+def say(line):
+    """One line on stderr, above a progress bar if there is one."""
+    tqdm.write(printable(line), file=sys.stderr)
+
+
+def cpu_quota(folder):
+    """Cores that the files of a cgroup, version 2 or 1, allow, rounded up; infinity without any."""
+    with contextlib.suppress(OSError, ValueError):  # there is none, or "max"
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        if int(quota) > 0:
+            return math.ceil(int(quota) / int(period))
+    return math.inf
+
+
+def cores(root="/"):
+    """Cores that this process may use: by its affinity, and by a container's quota for its time."""
+    least = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)  # 0::/a of version 2, 3:cpu,cpuacct:/a of 1
+            if controllers == "" or "cpu" in controllers.split(","):
+                mount = Path(root, "sys/fs/cgroup", controllers and "cpu")
+                folder = mount / path.lstrip("/")
+                least = min(least, *map(cpu_quota, [folder, *folder.parents]))
+    return least
+
+
+THREADS = min(8, cores())  # more would wait for Python's lock
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ Face number k of a seed is the same face whatever the count, and on any device u
 
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
 import dataReader
 import network
 import weightInit
 from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 # --- settings (each is also a flag, e.g. --count 16) ---------------------------------------------
 checkpoint = "Output/generator.safetensors"  # the generator that train.py saved

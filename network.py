@@ -9,11 +9,11 @@
 import functools
 import itertools
 
-import numpy as np
-
 import weightInit
 from dataReader import SIZES, Problem
 from weightInit import bn_initializer, paddle, weight_initializer
+
+import numpy as np
 
 nn, F, core = paddle.nn, paddle.nn.functional, paddle.base.core
 

@@ -18,11 +18,11 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 import dataReader
 from dataReader import PATH, YES_NO, Problem, one_of, whole
+
+import numpy as np
+from PIL import Image
 
 # --- settings (each is also a flag, e.g. --threads 16) -------------------------------------------
 input = "img_align_celeba"      # photos: a folder, or CelebA's zip

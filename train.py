@@ -34,14 +34,14 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 import dataReader
 import network
 import weightInit
 from dataReader import PATH, YES_NO, Problem, one_of, real, say, whole
 from weightInit import paddle
+
+import numpy as np
+from tqdm import tqdm
 
 dist, F = paddle.distributed, paddle.nn.functional
 

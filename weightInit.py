@@ -19,10 +19,10 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+from dataReader import Problem, paddle_error_text, replacing, say
+
 import numpy as np
 import safetensors.numpy
-
-from dataReader import Problem, paddle_error_text, replacing, say
 
 
 # --- how weights begin (tutorial §3.3; Radford et al. 2015, §4); shifts and biases start at 0 -----

@@ -1,11 +1,11 @@
 """generator.py: the same face for the same number, from the file alone."""
 
+from generator import FRAMES, between, face_numbers
+
 import numpy as np
 import pytest
 from conftest import complaint, run
 from PIL import Image
-
-from generator import FRAMES, between, face_numbers
 
 
 def pixels(path):

@@ -1,12 +1,19 @@
-"""The settings at the top of a script, as people edit them, and its flags."""
+"""The settings at the top of a script, its flags, and what surrounds its process."""
 
+import ast
+import os
+import signal
+import subprocess
 import sys
+
+import dataReader
+from dataReader import PATH, YES_NO, Problem, command_line, one_of, real, whole
+from weightInit import paddle
 
 import numpy as np
 import pytest
-
-import dataReader
-from dataReader import PATH, YES_NO, command_line, one_of, real, whole
+from conftest import ROOT, photo, run
+from PIL import Image
 
 SCRIPT = '''"""Does 100 % of something.
 
@@ -164,3 +171,132 @@ def test_comments_may_be_in_gbk(options, capsys):
     with pytest.raises(SystemExit):
         options(text, "--help", encoding="gbk")
     assert "通道" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [
+    "pretreat", "dataReader", "weightInit", "network", "train", "generator"])
+def test_too_old_a_python_is_one_line(tmp_path, script):
+    """Whatever the libraries are: here there is none."""
+    ast.parse((ROOT / f"{script}.py").read_text(), feature_version=(3, 8))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.version_info = (3, 9, 18); sys.version = '3.9.18 (main)'\n"
+        "sys.modules.update(dict.fromkeys(['numpy', 'PIL', 'tqdm', 'paddle', 'safetensors']))")
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py"], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr == "Python 3.10 or newer is needed; this is 3.9.18\n"
+
+
+def test_interrupt_while_libraries_load_is_no_traceback(tmp_path):
+    (tmp_path / "tqdm.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
+    for script in "pretreat.py", "train.py":
+        done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, text=True,
+                              capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert done.returncode == -signal.SIGINT
+        assert done.stderr == ""
+    # but not in a program that only imports it
+    code = ("import signal, sys\nsys.path[0] = sys.argv.pop()\nimport dataReader\n"
+            "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+            "assert sys.excepthook is sys.__excepthook__")
+    subprocess.run([sys.executable, "-c", code, ROOT], cwd=tmp_path, check=True)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a Chinese name, with three images and one file that is none."""
+    folder = tmp_path / "照片"
+    folder.mkdir()
+    for number in range(3):
+        photo(64, 64, number).save(folder / f"{number}.png")
+    (folder / "不\x1b[31m.png").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("broken", ["2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true",
+                                    "0<&- >&- 2>&-"])
+def test_message_that_cannot_be_delivered_is_no_error(pictures, broken):
+    command = f"sleep 0.2; '{sys.executable}' '{ROOT}/dataReader.py' --data_path {pictures.name}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"({command}) {broken}"],
+                          cwd=pictures.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    picture = pictures.parent / "Output" / "training_images.png"
+    assert Image.open(picture).size == (10 * 66 + 2, 66 + 2)
+
+
+def test_names_are_written_as_the_terminal_can_show_them(pictures):
+    printed = run(pictures.parent, "dataReader.py", "--data_path", pictures.name, "--output_path",
+                  "输出", env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert r"\u8f93\u51fa/training_images.png" in printed
+    assert r"\u4e0d\x1b[31m.png" in printed
+    assert "\x1b" not in printed
+    printed = run(pictures.parent, "dataReader.py", "--data_path", pictures.name, "--output_path",
+                  "输出", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert printed.endswith("输出/training_images.png\n")
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (Problem("one\ntwo"), r"one\ntwo"),
+    (FileNotFoundError(2, "No such file or directory", "a\x1b"),
+     r"a\x1b: No such file or directory"),
+    (OSError("(External) \n{\n    ==== Error message in backward of GradNodePyLayer_C(0x5)====\n"
+             "    MemoryError: (ResourceExhausted) Fail to alloc memory of 8 size, error code is"
+             " 12.\n  [Hint: …] (at /p.cc:4)\n    \n    At:\n      /a.py(8): backward\n"),
+     "out of memory: a smaller batch_size, width or image_size needs less; MemoryError:"
+     " (ResourceExhausted) Fail to alloc memory of 8 size, error code is 12."),
+    (RuntimeError("(PreconditionNotMet) The third-party dynamic library (libmklml_intel.so) that"
+                  " Paddle depends on is not configured correctly. (error code is"
+                  " libmklml_intel.so: failed to map segment from shared object)\n  Suggestions:\n  1. Check"),
+     "out of memory: a smaller batch_size, width or image_size needs less; (PreconditionNotMet)"),
+    (MemoryError(), "out of memory: a smaller batch_size, width or image_size needs less;"
+                    " MemoryError"),
+    (RuntimeError("can't start new thread"), "out of memory"),
+    (ImportError("libphi.so: failed to map segment from shared object"), "out of memory")])
+def test_lack_of_memory_and_of_files_is_one_line(monkeypatch, error, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["some.py"])
+    with pytest.raises(SystemExit) as ended:
+        dataReader.run_script(fail)
+    assert ended.value.code.startswith(f"some.py: {line}")
+    assert "GPU" not in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_mistake_of_the_code_keeps_its_traceback(monkeypatch):
+    """In a backward pass too, where Paddle makes an OSError "External" of any."""
+    class Wrong(paddle.autograd.PyLayer):
+        @staticmethod
+        def forward(context, x):
+            return x * 2
+
+        @staticmethod
+        def backward(context, gradient):
+            raise ZeroDivisionError("mine")
+
+    x = paddle.ones([2])
+    x.stop_gradient = False
+    with pytest.raises(OSError, match="mine") as error:
+        dataReader.run_script(lambda: Wrong.apply(x).sum().backward())
+    assert dataReader.error_line(error.value) is None
+
+
+@pytest.mark.parametrize(("groups", "files", "number"), [
+    ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 2),
+    ("0::/a/b\n", {"a/b/cpu.max": "50000 100000", "a/cpu.max": "150000 100000"}, 1),
+    ("0::/\n", {"cpu.max": "max 100000"}, 64), ("0::/../a\n", {}, 64), (None, {}, 64),
+    ("4:cpuacct,cpu:/docker/1\n1:name=systemd:/x\n",
+     {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ("4:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 64)])
+def test_cores_are_those_of_the_container(tmp_path, monkeypatch, groups, files, number):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    if groups is not None:
+        files["proc/self/cgroup"] = groups
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert dataReader.cores(tmp_path) == number
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert dataReader.cores(tmp_path) == 1
