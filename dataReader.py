@@ -50,8 +50,9 @@ output_path = "Output"  # where training_images.png is written
 
 # --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
-NO_MEMORY = re.compile("MemoryError|ResourceExhausted|bad_alloc|[Oo]ut of memory|start new thread"
-                       "|Cannot allocate memory|failed to map segment")
+NO_MEMORY = re.compile(  # texts of Paddle, C++, oneDNN, CUDA, Python, the kernel and its loader
+    "ResourceExhausted|bad_alloc|create a memory object|[Oo]ut of memory|start new thread|"
+    "Cannot allocate memory|failed to map segment|MemoryError")
 
 
 class Problem(Exception):

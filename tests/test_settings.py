@@ -245,12 +245,13 @@ def test_names_are_written_as_the_terminal_can_show_them(pictures):
      "out of memory: a smaller batch_size, width or image_size needs less; MemoryError:"
      " (ResourceExhausted) Fail to alloc memory of 8 size, error code is 12."),
     (RuntimeError("(PreconditionNotMet) The third-party dynamic library (libmklml_intel.so) that"
-                  " Paddle depends on is not configured correctly. (error code is"
-                  " libmklml_intel.so: failed to map segment from shared object)\n  Suggestions:\n  1. Check"),
+                  " Paddle depends on is not configured correctly. (error code is libmklml_intel"
+                  ".so: failed to map segment from shared object)\n  Suggestions:\n  1. Check"),
      "out of memory: a smaller batch_size, width or image_size needs less; (PreconditionNotMet)"),
     (MemoryError(), "out of memory: a smaller batch_size, width or image_size needs less;"
                     " MemoryError"),
     (RuntimeError("can't start new thread"), "out of memory"),
+    (RuntimeError("could not create a memory object"), "out of memory"),  # oneDNN's
     (ImportError("libphi.so: failed to map segment from shared object"), "out of memory")])
 def test_lack_of_memory_and_of_files_is_one_line(monkeypatch, error, line):
     def fail():
