@@ -19,7 +19,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from dataReader import Problem, paddle_error_text, replacing, say
+from dataReader import Problem, cores, paddle_error_text, replacing, say
 
 import numpy as np
 import safetensors.numpy
@@ -103,7 +103,7 @@ def load_paddle():
     ignore_stale_launcher()
     link_cuda_libraries()
     env = os.environ  # untold, Paddle uses one thread, and its launcher sets one for each process
-    env.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    env.setdefault("OMP_NUM_THREADS", str(cores()))
     # glibc gives large buffers back to the kernel when they are freed, and Paddle frees one for
     # each layer: keeping them saves 17 to 47 %. M_TRIM_THRESHOLD is -1, M_MMAP_MAX -4.
     if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & env.keys():

@@ -32,15 +32,15 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import dataReader
+from dataReader import FaceReader, Problem, run_script
+from pretreat import make_demo_photos
+
 import measures
 import numpy as np
 import quality
 from quality import ENV, ROOT
 from tqdm import tqdm
-
-import dataReader
-from dataReader import FaceReader, Problem, run_script
-from pretreat import make_demo_photos
 
 CORES = len(os.sched_getaffinity(0))
 FACES, MANY, CELEBA = 3000, 200_000, 202_599

@@ -18,12 +18,12 @@ Other training crops, measured as if they had been drawn, show what the best the
 from dataclasses import dataclass
 from typing import Any
 
+import dataReader
+from dataReader import Problem
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-import dataReader
-from dataReader import Problem
 
 HELD_OUT_AT_MOST = 2000
 COMPONENTS = 64         # on which the Fréchet distance is measured

@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-import measures
-import numpy as np
-
 import dataReader
 from dataReader import Problem
+
+import measures
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

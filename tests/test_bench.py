@@ -3,6 +3,9 @@
 import sys
 from types import SimpleNamespace
 
+import network
+from dataReader import Problem
+
 import bench
 import dcgan_docs
 import measures
@@ -10,9 +13,6 @@ import numpy as np
 import pytest
 import quality
 import recipe
-
-import network
-from dataReader import Problem
 
 
 @pytest.fixture(scope="module")

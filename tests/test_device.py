@@ -7,16 +7,16 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-from conftest import ROOT
-
 import dataReader
 import network
 import train
 import weightInit
 from dataReader import Problem
 from weightInit import paddle
+
+import numpy as np
+import pytest
+from conftest import ROOT
 
 NO_CUDNN = RuntimeError(
     "\n\n--------------\nError Message Summary:\n--------------\nPreconditionNotMetError: Cannot"

@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-from conftest import ROOT, complaint, link_images, run, table
-
 from dataReader import FaceReader
 from network import Discriminator, Generator, latent, loss
 from weightInit import paddle, read_tensors
+
+import numpy as np
+import pytest
+from conftest import ROOT, complaint, link_images, run, table
 
 FLAGS = ("--device", "cpu", "--image_size", 32, "--width", 4, "--z_dim", 8, "--batch_size", 8,
          "--log_every", 1)

@@ -5,14 +5,14 @@ import os
 import sys
 from types import SimpleNamespace
 
+import pretreat
+from pretreat import LANDMARKS, cut_faces, cut_square, find_by_landmarks
+
 import numpy as np
 import pytest
 from conftest import run
 from PIL import Image
 from skimage.data import astronaut
-
-import pretreat
-from pretreat import LANDMARKS, cut_faces, cut_square, find_by_landmarks
 
 
 def crops(folder):

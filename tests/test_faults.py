@@ -11,16 +11,16 @@ import signal
 import time
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-from conftest import ROOT, complaint, link_images, photo, run, start
-from PIL import Image
-
 import dataReader
 from dataReader import Problem, grid
 from network import Generator, draw_faces, face_latents, load_generator, save_generator
 from train import iterate, main, noted_signals
 from weightInit import read_tensors, write_tensors
+
+import numpy as np
+import pytest
+from conftest import ROOT, complaint, link_images, photo, run, start
+from PIL import Image
 
 # A run of 40 epochs of 8 batches, a few milliseconds each.
 MINI = ("--device", "cpu", "--image_size", 32, "--width", 4, "--z_dim", 8, "--batch_size", 8,

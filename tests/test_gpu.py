@@ -2,11 +2,11 @@
 
 import shutil
 
+from weightInit import read_tensors
+
 import numpy as np
 import pytest
 from conftest import WITH_GPU, link_images, run, table
-
-from weightInit import read_tensors
 
 FLAGS = ("--device", "gpu", "--width", 8, "--batch_size", 8, "--log_every", 5, "--save_minutes", 0)
 

@@ -3,10 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import safetensors.numpy
-
 import network
 from dataReader import Problem
 from network import (
@@ -24,6 +20,10 @@ from network import (
     save_generator,
 )
 from weightInit import paddle, read_tensors, write_tensors
+
+import numpy as np
+import pytest
+import safetensors.numpy
 
 
 def layer_shapes(net, kinds):

@@ -3,12 +3,12 @@
 import io
 import zipfile
 
+from pretreat import crop_all, crop_face
+
 import numpy as np
 import pytest
 from conftest import complaint, photo, run, start
 from PIL import Image
-
-from pretreat import crop_all, crop_face
 
 
 def crops(folder):

@@ -13,13 +13,6 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-from conftest import complaint, photo, run, start
-from PIL import Image
-from PIL.ImageCms import ImageCmsProfile, createProfile
-from PIL.PngImagePlugin import PngInfo
-
 import dataReader
 from dataReader import (
     FaceReader,
@@ -32,6 +25,13 @@ from dataReader import (
     read_image,
     replacing,
 )
+
+import numpy as np
+import pytest
+from conftest import complaint, photo, run, start
+from PIL import Image
+from PIL.ImageCms import ImageCmsProfile, createProfile
+from PIL.PngImagePlugin import PngInfo
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import shlex
 import sys
 from collections import Counter
 
-import pytest
-from conftest import ROOT
-
 import dataReader
 import train
 import weightInit
+
+import pytest
+from conftest import ROOT
 
 README, CHINESE, HANDBOOK = "README.md", ".github/README.zh-CN.md", ".github/HANDBOOK.md"
 PAGES = [README, CHINESE, HANDBOOK]
@@ -339,17 +339,6 @@ def test_errors_in_the_chinese_table_are_the_scripts():
         parts = re.split(r"…|\bOutput/generator\.safetensors|\bOutput\b|\bimgs\b", word)
         pattern = ".*".join(map(re.escape, parts))
         assert any(re.search(pattern, message, re.DOTALL) for message in known), word
-
-
-def test_the_packages_beside_paddle_are_the_same():
-    def packages(path):
-        lines = (line.split("#")[0].strip() for line in read(path).splitlines())
-        return {line for line in lines if line}
-
-    everything = packages("requirements.txt")
-    rest = packages(".github/requirements-rest.txt")
-    assert everything - rest == {"paddlepaddle-gpu==2.6.2"}
-    assert rest < everything
 
 
 def test_ci_runs_commands_that_readme_has():

@@ -9,11 +9,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-from conftest import ROOT, TINY, complaint, photo, run, table
-from PIL import Image
-
 import network
 from dataReader import FaceReader, grid
 from network import (
@@ -37,6 +32,11 @@ from train import (
     random_numbers,
 )
 from weightInit import paddle, read_tensors
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, complaint, photo, run, table
+from PIL import Image
 
 F = paddle.nn.functional
 SCALER = paddle.amp.GradScaler(False)
