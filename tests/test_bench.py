@@ -32,9 +32,9 @@ def test_distance_is_zero_for_the_same_and_grows_with_the_difference(crops):
 
 def test_distance_is_frechet_s():
     # of mean 0 and covariance 1, exactly; then one axis has mean 3 and deviation 2
-    columns = np.random.default_rng(0).normal(0, 1, [300, 65])
+    columns = np.random.default_rng(0).normal(0, 1, [150, 65])
     columns[:, 0] = 1  # and all others become orthogonal to it
-    real = np.linalg.qr(columns)[0][:, 1:] * np.sqrt(299)
+    real = np.linalg.qr(columns)[0][:, 1:] * np.sqrt(149)
     other = real.copy()
     other[:, 5] = 3 + 2 * real[:, 5]
     distance = measures.yardstick((real + 1) * 127.5)
@@ -104,6 +104,15 @@ def test_recipe_goes_on_as_if_never_stopped(tmp_path):
         train_page(tmp_path, images, 3)
     plain = train_page(tmp_path, images, 2, 4, onednn=False)
     assert np.abs(plain.astype(int) - whole).max() <= 3
+
+
+@pytest.mark.parametrize(("onednn", "source"), [(True, network), (False, dcgan_docs.nn)])
+def test_page_s_convolutions_run_on_onednn_only_if_asked(onednn, source):
+    generator = dcgan_docs.make_generator(4, onednn)
+    discriminator = dcgan_docs.make_discriminator(4, onednn)
+    convolutions = [type(layer) for layer in [*generator, *discriminator]
+                    if hasattr(layer, "weight") and len(layer.weight.shape) == 4]
+    assert convolutions == [source.Conv2DTranspose] * 5 + [source.Conv2D] * 5
 
 
 def test_every_image_is_seen_once_an_epoch():
