@@ -588,14 +588,18 @@ def grid(images, columns=None):
                    grid_shape=(-(-len(images) // columns), columns))
 
 
-def save_png(path, picture, quick=False):
-    """Write a uint8 `[H, W, 3]` array, or a PIL image, as a PNG.
+def save_png(path, picture, quick=False, origin=""):
+    """Write a uint8 `[H, W, 3]` array, or a PIL image, as a PNG, with a text `origin` if given.
 
     One of thousands is `quick`: not synced, nor compressed, which makes pretreat.py a third faster.
     """
+    texts = PngImagePlugin.PngInfo()
+    if origin:
+        texts.add_text("origin", origin)
     encoded = io.BytesIO()  # in a file PIL would write it bit by bit, which takes a third longer
     # as an array it has left behind the metadata of the photo
-    Image.fromarray(np.asarray(picture)).save(encoded, "PNG", compress_level=0 if quick else 1)
+    Image.fromarray(np.asarray(picture)).save(
+        encoded, "PNG", compress_level=0 if quick else 1, pnginfo=texts)
     with replacing(path, sync=not quick) as file:
         file.write(encoded.getbuffer())
 

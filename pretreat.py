@@ -10,13 +10,17 @@
 A run that was stopped goes on where it was. Files that are no photos are named and left out.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import dataReader
 from dataReader import PATH, YES_NO, Problem, one_of, whole
@@ -45,6 +49,10 @@ def crop_face(photo, size):
     move down by 4 pixels only. In other shapes it is centred, and moved up to lie inside.
     """
     short = min(photo.size)
+    if max(photo.size) > 2 * short:  # no more is needed, and to resize a strip may take gigabytes
+        left = max(0, photo.width // 2 - short)
+        photo = photo.crop((left, 0, left + min(photo.width, 2 * short),
+                            min(photo.height, 2 * short)))
     width, height = photo.width * size // short, photo.height * size // short
     left, top = (width - size) // 2, min(10 * size // 64, height - size)
     resized = photo.resize((width, height), Image.Resampling.BILINEAR)
@@ -143,73 +151,172 @@ def cut_faces(photo, size):
     return crops
 
 
-def find_photos(path):
-    """The files of a folder (with the folders in it) or of a zip, a dict from name to function.
+class Photo(NamedTuple):
+    """A photo of the input."""
 
-    The function gives a binary file or a path to decode. Raises a Problem if `path` is neither.
+    open: Callable  # () → a path or binary file to decode
+    state: str      # its size, and its time or a zip's checksum: others once it has changed
+    origin: str     # a digest of where it is
+    name: str       # of its crop, without .png
+    own_name: str   # of its crop if another photo's has that name
+
+
+def photo_at(source, path, open, state):
+    """The Photo at `path` in the input `source`, an absolute path.
+
+    Nothing but these two decides the names, so that a crop is found again whatever is beside its
+    photo. CelebA's 000001.jpg is 000001; those in folders and of other kinds may have equal stems.
     """
-    if path.is_dir():
-        return {name: functools.partial(os.path.join, path, name)
-                for name in dataReader.list_files(path)}
-    if not path.is_file():
-        raise Problem(f"{path} is not there: download img_align_celeba.zip (Align&Cropped Images)"
-                      " from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into this folder, or"
-                      " try `python pretreat.py --demo`, which needs no download")
+    stem = os.path.splitext(os.path.basename(path))[0]
+    is_plain = "/" not in path and path.endswith(".jpg")
+    if len(os.fsencode(stem)) > 200:  # a file's name has 255 bytes at most
+        stem = stem[:50]
+        is_plain = False
+    origin = digest(os.path.join(source, path))
+    name = stem if is_plain else f"{stem}-{digest(path)[:10]}"
+    return Photo(open, state, origin, name, f"{stem}-{origin[:10]}")
+
+
+def digest(path):
+    return hashlib.sha1(os.fsencode(path), usedforsecurity=False).hexdigest()
+
+
+def find_photos(source):
+    """The files of a folder (with the folders in it) or of a zip, a dict from path to Photo.
+
+    Raises a Problem if `source` is neither, or cannot be read.
+    """
+    if source.is_dir():
+        return photos_of_folder(source)
+    if source.is_file():
+        return photos_of_zip(source)
+    raise Problem(f"{source} is not there: download img_align_celeba.zip (Align&Cropped Images)"
+                  " from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into this folder, or"
+                  " try `python pretreat.py --demo`, which needs no download")
+
+
+def photos_of_folder(folder):
+    photos = {}
+    source = str(folder.resolve())
+    for path in dataReader.list_files(folder):
+        file = os.path.join(folder, path)
+        state = ""
+        with contextlib.suppress(OSError):  # it will be named when it is read
+            state = f"{os.stat(file).st_size}-{os.stat(file).st_mtime_ns}"
+        photos[path] = photo_at(source, path, functools.partial(str, file), state)
+    return photos
+
+
+def photos_of_zip(source):
     try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise Problem(f"{path} is neither a folder nor a whole zip: {error}") from error
-    return {name: functools.partial(archive.open, name)  # of several with one name the last
-            for name in archive.namelist()
-            if not name.endswith("/") and not re.match(r"__MACOSX/|\.|.*/\.", name)}
+        archive = zipfile.ZipFile(source)
+        files = {file.filename: file for file in archive.infolist()  # the last of one name
+                 if not file.is_dir() and not re.match(r"__MACOSX/|\.|.*/\.", file.filename)}
+        for file in list(files.values())[:1]:
+            archive.open(file).close()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile's are of many kinds
+        raise Problem(f"{source} cannot be read as a zip ({error}): if another program can, unpack"
+                      " it, and pass the folder as --input") from error
+    # CelebA's, as most, has all in one folder, which is then the input, as if unpacked
+    tops = {path.partition("/")[0] for path in files}
+    home = f"{tops.pop()}/" if len(tops) == 1 else ""
+    whole_path = str(source.resolve())
+    return {path: photo_at(whole_path, path.removeprefix(home), functools.partial(archive.open, file),
+                           f"{file.file_size}-{file.CRC:08x}")
+            for path, file in files.items()}
 
 
-def crop_names(names):
-    """Name the crops of photos, `a/1.jpg` → `1.png`; a digest of their paths tells equals apart."""
-    def name_of(name):
-        stem, digest = Path(name).stem, hashlib.sha1(name.encode(errors="replace")).hexdigest()
-        return f"{stem}-{digest[:10]}" if stems[stem] > 1 else stem
+def origin_of(crop):
+    """What a crop's file says of its photo; "" if it is no file of ours.
 
-    stems = Counter(Path(name).stem for name in names)
-    return [name_of(name) for name in names]
+    None if it is not whole: copies may be cut, and a power cut leaves nothing, or zeros.
+    """
+    data = crop.read_bytes()
+    is_ours = data[37:48] == b"tEXtorigin\0"  # see save_png: right behind the header
+    if is_ours and data.endswith(b"IEND\xaeB`\x82"):
+        return data[48:41 + int.from_bytes(data[33:37], "big")].decode("latin-1")
+    if is_ours or len(data) < 57 or not data.strip(b"\0"):
+        return None
+    return ""
+
+
+def shows(file, image):
+    """Whether a file shows an image, to the pixel."""
+    try:
+        return np.array_equal(np.asarray(dataReader.read_image(file)), np.asarray(image))
+    except Exception:  # it may be anything
+        return False
+
+
+def crop_paths(folder, name, find_faces):
+    """Yield where the crops of a photo go: NAME.png, or NAME-face1.png, NAME-face2.png and on."""
+    if find_faces:
+        for number in itertools.count(1):
+            yield folder / f"{name}-face{number}.png"
+    yield folder / f"{name}.png"
+
+
+def check_size(folder, found, size):
+    if found != size:
+        raise Problem(f"{folder} holds crops of {found}×{found}, not {size}×{size}: pass another"
+                      " --output, or remove it")
 
 
 def crop_all(photos, folder, size, threads, find_faces=False):
     """Crop the photos of `find_photos` to `NAME.png`, `size`×`size`, in a folder.
 
     With `find_faces` they are those of `cut_faces`, `NAME-face1.png` and so on. Those that are
-    there, and those that cannot be read, are left out. Raises a Problem if the folder holds crops
-    of another size or cannot be written, or if no photo gives a crop.
+    there, and those that cannot be read, are left out. A crop's text says which photo it is of: if
+    that has changed it is cropped again, and of two with one name none is lost. Raises a Problem if
+    the folder holds crops of another size or cannot be written, or if no photo gives a crop.
     """
-    def path_of(name, number):
-        return folder / (f"{name}-face{number}.png" if find_faces else f"{name}.png")
+    def crops_there(name):
+        return list(itertools.takewhile(
+            lambda path: path.name in there, crop_paths(folder, name, find_faces)))
 
-    def crop(photo):
-        image = dataReader.read_image(photos[photo]())
-        images = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-        if not images:
+    def crop(path):
+        """Write the crops of a photo; return their number, 0 if they are there."""
+        photo = photos[path]
+        text = f"{size} {photo.origin} {photo.state}"
+        name = photo.own_name if crops_there(photo.own_name) else photo.name
+        old = crops_there(name)
+        texts = [origin_of(file) for file in old]
+        if old and set(texts) == {text}:
+            return 0
+        if old and texts[0]:
+            check_size(folder, texts[0].split()[0], str(size))
+        image = dataReader.read_image(photo.open())
+        crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
+        is_there = bool(old and crops) and shows(old[0], crops[0])
+        if old and not is_there and texts[0] is not None and photo.origin not in texts[0]:
+            name = photo.own_name  # what is there is of another photo
+        for file, its_text in reversed(list(zip(old, texts, strict=True))):
+            if its_text is None or photo.origin in its_text:  # of this one before it was changed
+                file.unlink()
+        if not crops:
             raise ValueError("no face found")
-        for number in range(len(images), 0, -1):  # the first last: if it is there, all are
-            dataReader.save_png(path_of(names[photo], number), images[number - 1], quick=True)
-        return len(images)
+        if dataReader.is_nearly_black(crops[0]):
+            dark.append(path)
+        new = list(zip(crops, crop_paths(folder, name, find_faces), strict=False))
+        for one, file in reversed(new):  # the first last: if it is there, all are
+            dataReader.save_png(file, one, quick=True, origin=text)
+        return 0 if is_there else len(crops)
 
     there = {entry.name for entry in os.scandir(folder)
-             if entry.name.endswith(".png") and entry.stat().st_size > 0}
-    names = dict(zip(photos, crop_names(photos), strict=True))
-    todo = [photo for photo in photos if path_of(names[photo], 1).name not in there]
-    done = there.intersection(path_of(name, 1).name for name in names.values())
-    if done:
-        with Image.open(folder / min(done)) as found:
-            if found.size != (size, size):
-                raise Problem(f"{folder} holds crops of {found.width}×{found.height}, not"
-                              f" {size}×{size}: pass another --output, or remove it")
-    written = list(dataReader.in_threads(crop, todo, "cropping", threads))
-    kept = len(photos) - len(todo)
-    skipped = len(todo) - len(written)
-    print(f"{folder}: {sum(written)} written, {kept} already there, {skipped} skipped;"
+             if entry.name.endswith(".png") and entry.is_file()}
+    dark = []
+    reasons = Counter()
+    written = list(dataReader.in_threads(crop, list(photos), "cropping", threads, reasons))
+    dataReader.name_nearly_black(dark)
+    print(f"{folder}: {sum(written)} written, {written.count(0)} already there,"
+          f" {len(photos) - len(written)} skipped;"
           f" {len(list(folder.glob('*.png')))} images in all")  # which train.py would learn from
-    if len(photos) == skipped:
-        raise Problem("there is no photo in the input" + ", or no face in them" * find_faces)
+    if not photos:
+        raise Problem("there is no photo in the input")
+    if not written:
+        raise Problem(dataReader.none_could_be_used(reasons))
 
 
 def make_demo_photos(folder, threads):
@@ -252,7 +359,8 @@ def main():
         demo_photos.mkdir(parents=True, exist_ok=True)
         with dataReader.locked(demo_photos):
             make_demo_photos(demo_photos, options.threads)
-    elif not source.exists() and Path(f"{source}.zip").exists():
+    is_empty = not source.exists() or source.is_dir() and not any(source.iterdir())
+    if is_empty and Path(f"{source}.zip").is_file():
         source = Path(f"{source}.zip")
     dataReader.check_outside(target, source)
     if options.find_faces:

@@ -555,8 +555,9 @@ def test_killed_pretreat_continues(tmp_path, demo):
         for path in tmp_path.glob("imgs/*.png"):
             Image.open(path).load()
     assert "already there, 0 skipped" in run(tmp_path, "pretreat.py", "--input", "photos")
-    made = {path.name: path.read_bytes() for path in (tmp_path / "imgs").iterdir()}
-    assert made == {path.name: path.read_bytes() for path in (demo / "imgs").glob("[0-9]*")}
+    made, whole = ({path.name: Image.open(path).tobytes() for path in folder.glob("[0-9]*")}
+                   for folder in (tmp_path / "imgs", demo / "imgs"))
+    assert made == whole
 
 
 def test_killed_packing_continues(tmp_path, demo):

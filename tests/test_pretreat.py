@@ -1,9 +1,13 @@
 """pretreat.py: photos become correct upright RGB crops, and no bad file stops the others."""
 
 import io
+import os
+import re
+import shutil
 import zipfile
 
-from pretreat import crop_all, crop_face
+from dataReader import Problem
+from pretreat import crop_all, crop_face, find_photos
 
 import numpy as np
 import pytest
@@ -61,7 +65,7 @@ def test_threads_read_one_zip_side_by_side(tmp_path):
         for number in range(400):
             file = io.BytesIO()
             photo(mark=number).save(file, "PNG")
-            archive.writestr(f"{number:03d}.png", file.getvalue())
+            archive.writestr(f"{number:03d}.jpg", file.getvalue())  # for its name; it is a PNG
     assert "400 written" in run(tmp_path, "pretreat.py", "--threads", 4)
     for number in range(400):
         crop = np.asarray(Image.open(tmp_path / "imgs" / f"{number:03d}.png"))
@@ -73,7 +77,8 @@ def test_crop_leaves_the_metadata_behind(tmp_path):
     photo().save(tmp_path / "in" / "1.jpg", icc_profile=b"profile" * 1000, comment=b"mine")
     run(tmp_path, "pretreat.py", "--input", "in")
     with Image.open(tmp_path / "imgs" / "1.png") as crop:
-        assert not crop.info
+        assert crop.info.keys() == {"origin"}  # digests and numbers: no name, no folder
+        assert re.fullmatch(r"64 [0-9a-f]{40} \d+-\d+", crop.info["origin"])
 
 
 def test_two_runs_at_once_do_no_harm(tmp_path, photos):
@@ -92,7 +97,7 @@ def test_second_run_continues(tmp_path, photos):
     run(tmp_path, "pretreat.py")
     before = crops(tmp_path / "imgs")
     (tmp_path / "imgs" / "000002.png").unlink()
-    photo().save(photos / "new.png")
+    photo().save(photos / "new.jpg")
     assert "2 written, 3 already there, 0 skipped" in run(tmp_path, "pretreat.py")
     after = crops(tmp_path / "imgs")
     assert after.pop("new.png").shape == (64, 64, 3)
@@ -215,7 +220,7 @@ def test_photos_of_one_name_all_survive(tmp_path):
     run(tmp_path, "pretreat.py", "--input", "in")
     made = crops(tmp_path / "imgs")
     assert sorted(round(pixels[:, :, 2].mean() / 60) for pixels in made.values()) == [1, 2, 3, 4]
-    assert "2.png" in made
+    assert "1.png" not in made  # photos of one stem may come later
     assert "0 written, 4 already there" in run(tmp_path, "pretreat.py", "--input", "in")
 
 
@@ -236,6 +241,9 @@ def test_what_cannot_be_used_is_one_clear_line(tmp_path, photos):
 def test_no_photo_at_all_is_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("not a photo")
+    printed = run(tmp_path, "pretreat.py", "--input", "in", status=1)
+    assert "pretreat.py: no file could be used, of 1: cannot identify image file (1)" in printed
+    (tmp_path / "in" / "notes.txt").unlink()
     printed = run(tmp_path, "pretreat.py", "--input", "in", status=1)
     assert "pretreat.py: there is no photo in the input" in printed
 
@@ -271,8 +279,198 @@ def test_faces_of_a_photo_are_written_again_unless_all_are_there(tmp_path, monke
     monkeypatch.setattr("pretreat.cut_faces", lambda photo, size: [photo] * 3)
     written = []
     monkeypatch.setattr("dataReader.save_png", lambda path, *_, **__: written.append(path.name))
-    photo(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "in").mkdir()
+    photo(64, 64).save(tmp_path / "in" / "a.jpg")
     (tmp_path / "imgs").mkdir()
-    crop_all({"a.png": lambda: tmp_path / "a.png"}, tmp_path / "imgs", 64, 1, find_faces=True)
+    crop_all(find_photos(tmp_path / "in"), tmp_path / "imgs", 64, 1, find_faces=True)
     # a kill leaves the last ones, and the first is looked for in the next run
     assert written == ["a-face3.png", "a-face2.png", "a-face1.png"]
+
+
+def crop_folder(source, target, **options):
+    """What pretreat.py does with two folders, in this process."""
+    target.mkdir(exist_ok=True)
+    crop_all(find_photos(source), target, 64, 2, **options)
+
+
+def blues(folder):
+    """Which photos, by the mark of `photo`, there are crops of."""
+    return sorted(round(pixels[..., 2].mean()) for pixels in crops(folder).values())
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A folder `a` with one photo, IMG_1.jpg, of mark 50, cropped into `mine`."""
+    (tmp_path / "a").mkdir()
+    photo(mark=50).save(tmp_path / "a" / "IMG_1.jpg", quality=95)
+    crop_folder(tmp_path / "a", tmp_path / "mine")
+    return tmp_path
+
+
+def test_two_inputs_into_one_output_both_count_and_do_not_double(one, capsys):
+    (one / "b").mkdir()
+    photo(mark=150).save(one / "b" / "IMG_1.jpg", quality=95)
+    for _ in range(2):
+        crop_folder(one / "b", one / "mine")
+        crop_folder(one / "a", one / "mine")
+        assert blues(one / "mine") == [50, 150]
+    assert "1 written" not in capsys.readouterr().out.splitlines()[-1]
+    (one / "mine" / "IMG_1.png").unlink()  # a's: b's stays where it is
+    crop_folder(one / "b", one / "mine")
+    assert blues(one / "mine") == [150]
+
+
+@pytest.mark.parametrize("way", ["moved", "copied", "zipped", "without text"])
+def test_photos_that_are_the_same_elsewhere_do_not_double(one, way, capsys):
+    source = one / "other"
+    if way == "moved":
+        (one / "a").rename(source)
+    elif way == "copied":
+        shutil.copytree(one / "a", source, copy_function=shutil.copyfile)
+    elif way == "zipped":
+        source = one / "other.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.write(one / "a" / "IMG_1.jpg", "a/IMG_1.jpg")
+    else:  # as before there were texts
+        source = one / "a"
+        Image.open(one / "mine" / "IMG_1.png").save(one / "mine" / "IMG_1.png")
+    crop_folder(source, one / "mine")
+    crop_folder(source, one / "mine")
+    assert [line.split(";")[0].split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "0 written, 1 already there, 0 skipped"] * 2
+    assert crops(one / "mine").keys() == {"IMG_1.png"}
+
+
+def test_photo_that_was_replaced_is_cropped_again(one):
+    photo(mark=150).save(one / "a" / "IMG_1.jpg", quality=95)
+    os.utime(one / "a" / "IMG_1.jpg", ns=(0, 1))
+    crop_folder(one / "a", one / "mine")
+    assert blues(one / "mine") == [150]
+
+
+def test_name_depends_on_no_other_file(tmp_path):
+    (tmp_path / "in" / "2").mkdir(parents=True)
+    for mark, name in enumerate(["000001.jpg", "IMG_1.png", "IMG_1.JPG", "2/000001.jpg"]):
+        photo(mark=60 * mark).save(tmp_path / "in" / name, "PNG")
+    (tmp_path / "in" / "IMG_1.MOV").write_text("of a Live Photo")
+    crop_folder(tmp_path / "in", tmp_path / "imgs")
+    before = crops(tmp_path / "imgs").keys()
+    assert "000001.png" in before
+    (tmp_path / "in" / "IMG_1.MOV").unlink()
+    (tmp_path / "in" / "IMG_1.JPG").unlink()
+    crop_folder(tmp_path / "in", tmp_path / "imgs")
+    assert crops(tmp_path / "imgs").keys() == before
+    assert len(before) == 4
+
+
+def test_photos_of_any_name_all_survive(tmp_path):
+    names = [os.fsdecode(name.encode("gbk")) + "/1.jpg" for name in "照片"]
+    names += ["x" * 251 + ".jpg", "x" * 250 + "y.jpg", "照" * 83 + ".jpg"]
+    for mark, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(mark=50 * mark).save(tmp_path / "in" / name, "PNG")
+    for _ in range(2):
+        crop_folder(tmp_path / "in", tmp_path / "imgs")
+        assert blues(tmp_path / "imgs") == [0, 50, 100, 150, 200]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("find_faces", [False, True])
+@pytest.mark.parametrize("damage", [cut, zeros, lambda path: path.write_bytes(b"")])
+def test_damaged_crops_are_made_again(one, damage, find_faces, monkeypatch):
+    monkeypatch.setattr("pretreat.cut_faces", lambda photo, size: [crop_face(photo, size)] * 2)
+    if find_faces:
+        shutil.rmtree(one / "mine")
+    for _ in range(2):
+        crop_folder(one / "a", one / "mine", find_faces=find_faces)
+        for path in (one / "mine").iterdir():
+            Image.open(path).load()
+            damaged = path  # of two faces one, whichever
+        damage(damaged)
+
+
+def test_images_of_the_users_in_the_output_are_not_written_over(tmp_path):
+    for folder in "in", "imgs":
+        (tmp_path / folder).mkdir()
+    photo().save(tmp_path / "in" / "1.jpg")
+    photo(64, 64, 200).save(tmp_path / "imgs" / "1.png")
+    before = (tmp_path / "imgs" / "1.png").read_bytes()
+    for _ in range(2):
+        crop_folder(tmp_path / "in", tmp_path / "imgs")
+        assert (tmp_path / "imgs" / "1.png").read_bytes() == before
+        assert len(crops(tmp_path / "imgs")) == 2
+
+
+def test_faces_of_a_photo_that_was_replaced_are_too(one, monkeypatch):
+    shutil.rmtree(one / "mine")
+    for time, number in enumerate([3, 2, 0]):
+        monkeypatch.setattr("pretreat.cut_faces", lambda *_, n=number: [photo(64, 64, n)] * n)
+        os.utime(one / "a" / "IMG_1.jpg", ns=(0, time))
+        if number == 0:
+            with pytest.raises(Problem, match=r"^no file could be used, of 1: no face found .1.$"):
+                crop_folder(one / "a", one / "mine", find_faces=True)
+        else:
+            crop_folder(one / "a", one / "mine", find_faces=True)
+        assert len(crops(one / "mine")) == number
+
+
+@pytest.mark.parametrize("size", [(178, 218), (89, 109)])
+def test_celeba_s_crop_is_the_one_it_always_was(size):
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    for image_size in 32, 64, 128:
+        height = size[1] * image_size // size[0]
+        resized = image.resize((image_size, height), Image.Resampling.BILINEAR)
+        top = 10 * image_size // 64
+        expected = resized.crop((0, top, image_size, top + image_size))
+        np.testing.assert_array_equal(crop_face(image, image_size), expected)
+
+
+@pytest.mark.parametrize("size", [(3, 1_000_000), (1_000_000, 3)])
+def test_a_strip_takes_little_memory(size):
+    at_work = []
+    image = Image.new("RGB", size)
+    resize = Image.Image.resize
+
+    def watch(self, size, *flags, **more):
+        at_work.append(size)
+        return resize(self, size, *flags, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("PIL.Image.Image.resize", watch)
+        assert crop_face(image, 64).size == (64, 64)
+    assert max(width * height for width, height in at_work) <= 64 * 128
+
+
+def test_a_zip_that_python_cannot_read_says_to_unpack_it(tmp_path):
+    path = tmp_path / "photos.zip"
+    for damage in "Deflate64", "names":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("照.jpg", b"")
+            info = archive.getinfo("照.jpg")
+        data = bytearray(path.read_bytes())
+        central = data.index(b"PK\1\2")
+        if damage == "Deflate64":
+            data[info.header_offset + 8] = data[central + 10] = 9
+        else:  # GBK, but flagged as UTF-8
+            data = data.replace("照".encode(), "照".encode("gbk") + b"x")
+        path.write_bytes(data)
+        with pytest.raises(Problem, match="unpack it, and pass the folder as --input"):
+            find_photos(path)
+
+
+def test_empty_folder_beside_the_zip_does_not_hide_it(tmp_path):
+    (tmp_path / "img_align_celeba").mkdir()
+    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
+        file = io.BytesIO()
+        photo().save(file, "JPEG")
+        archive.writestr("img_align_celeba/000001.jpg", file.getvalue())
+    assert "1 written" in run(tmp_path, "pretreat.py")
+    assert crops(tmp_path / "imgs").keys() == {"000001.png"}

@@ -1,6 +1,7 @@
 """dataReader.py: every image once an epoch, in an order that can be reached anywhere at once."""
 
 import errno
+import inspect
 import io
 import os
 import re
@@ -308,22 +309,25 @@ def test_only_regular_files_are_read_and_what_cannot_be_read_is_named(folder, tm
     os.mkfifo(folder / "pipe.png")
     (folder / "null.png").symlink_to("/dev/zero")
     (folder / "self.png").symlink_to("self.png")
-    deep = folder
-    for _ in range(1200):  # deeper than Python calls itself
-        deep = deep / "d"
-        deep.mkdir()
-    photo(16, 16, 200).save(deep / "deep.png")
-    try:
-        assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
-    finally:
-        (deep / "deep.png").unlink()
-        while deep != folder:  # shutil.rmtree gives up at this depth
-            deep.rmdir()
-            deep = deep.parent
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 10
     printed = capsys.readouterr().err
     for name, why in [("pipe", "not a regular file"), ("null", "not a regular file"),
                       ("self", "Too many levels of symbolic links")]:
         assert f"skipped {folder}/{name}.png: {why}" in printed
+
+
+def test_folders_may_be_nested_deeper_than_python_calls_itself(folder):
+    names = ["d"] * 300
+    (folder / "/".join(names)).mkdir(parents=True)
+    photo(16, 16, 200).save(folder / "/".join([*names, "deep.png"]))
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        paths = list_files(folder)
+    finally:
+        sys.setrecursionlimit(usual)
+    assert "/".join([*names, "deep.png"]) in paths
+    assert len(paths) == 11
 
 
 def test_folders_that_cannot_be_read_are_named(folder, monkeypatch, capsys):
