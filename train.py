@@ -528,7 +528,7 @@ def attempt(draw, path, *args):
         try:
             draw(path, *args)
         except Exception as error:  # of a full disk, of matplotlib, of a foreign file
-            say(f"{path} could not be drawn: {error}")
+            say(f"{path} could not be written: {error}")
 
 
 def draw_training_images(path, reader, augment):

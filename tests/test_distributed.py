@@ -84,8 +84,12 @@ def test_two_processes_train_one_model_and_go_on(place):
         "generator.safetensors", "losses.csv", "losses.png", "progress.gif",
         "real_vs_fake.png", "training_images.png"]
     train(place, 2, "--epochs", 2, "--output_path", "whole")
-    for name in "checkpoint.safetensors", "generator.safetensors", "losses.csv", "0002_0004.png":
+    for name in "generator.safetensors", "losses.csv", "0002_0004.png", "0002_0004.safetensors":
         assert (place / "Output" / name).read_bytes() == (place / "whole" / name).read_bytes()
+    tensors, others = (read_tensors(place / folder / "checkpoint.safetensors", "checkpoint")[0]
+                       for folder in ("Output", "whole"))  # beside them it names the grids drawn
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(value, others[name])
 
     line = complaint(place, "train.py", *FLAGS, "--epochs", 3)
     assert "processes 2 (now 1)" in line

@@ -143,7 +143,7 @@ def test_more_epochs_extend_a_finished_run(place, untouched):
     run(place, "train.py", *MINI)
     now = contents(place)
     # that grid was not drawn when the run was not stopped
-    other = ["0038_0008.png", "progress.gif", "checkpoint.safetensors"]
+    other = ["0038_0008.png", "0038_0008.safetensors", "progress.gif", "checkpoint.safetensors"]
     assert {name: data for name, data in now.items() if name not in other} == {
         name: data for name, data in untouched.items() if name not in other}
     assert (read_tensors(place / "Output" / other[-1], "checkpoint")[1]["grids"][-2:]
@@ -328,8 +328,8 @@ def test_picture_that_fails_is_a_line(place, monkeypatch, capsys):
     monkeypatch.setattr("weightInit.replacing", noted)
     train_here(place, monkeypatch, "--epochs", 1)
     told = capsys.readouterr().err
-    assert "Output/losses.png could not be drawn: division by zero" in told
-    assert "Output/real_vs_fake.png could not be drawn: " in told
+    assert "Output/losses.png could not be written: division by zero" in told
+    assert "Output/real_vs_fake.png could not be written: " in told
     assert written[-3:] == ["checkpoint.safetensors", "generator.safetensors", "progress.gif"]
     assert facts(place)["step"] == 8
 
@@ -489,7 +489,7 @@ def test_full_disk_leaves_the_checkpoint_whole(place):
     before = contents(place)
     told = run(place, "train.py", *MINI, "--epochs", 2, "--save_minutes", 0, status=1,
                preexec_fn=disk_full)
-    assert "Output/training_images.png could not be drawn: cannot write" in told
+    assert "Output/training_images.png could not be written: cannot write" in told
     assert told.splitlines()[-1].startswith("train.py: cannot write Output/checkpoint.safetensors")
     assert "Traceback" not in told
     after = contents(place)
