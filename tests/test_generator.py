@@ -1,10 +1,13 @@
 """generator.py: the same face for the same number, from the file alone."""
 
+import os
+
+from dataReader import locked
 from generator import FRAMES, between, face_numbers
 
 import numpy as np
 import pytest
-from conftest import complaint, run
+from conftest import complaint, run, start
 from PIL import Image
 
 
@@ -72,7 +75,8 @@ def test_faces_are_those_of_the_last_grid(trained, tmp_path):
 
 def test_interpolation_is_a_loop_through_the_faces(trained, tmp_path):
     checkpoint = trained / "Output" / "generator.safetensors"
-    run(tmp_path, "generator.py", "--checkpoint", checkpoint, "--interpolate", 3, 17, 40)
+    printed = run(tmp_path, "generator.py", "--checkpoint", checkpoint, "--interpolate", 3, 17, 40)
+    assert "iterations: Generate/interpolation.gif\n" in printed
     run(tmp_path, "generator.py", "--checkpoint", checkpoint, "--seeds", "3,17,40", "--individual",
         "--output_path", "faces")
     folder = tmp_path / "Generate"
@@ -110,9 +114,30 @@ def test_way_between_latents_is_a_great_circle_or_a_straight_line():
     np.testing.assert_allclose(between(a, a, 4, "normal"), np.tile(a, [4, 1]), atol=1e-5)
 
 
+def test_demo_waits_for_another_process_and_names_the_picture_last(trained, tmp_path):
+    """So that two drawing into one folder do not spoil each other's pictures."""
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "Output").symlink_to(trained / "Output")
+    folder = tmp_path / "demo" / "Generate"
+    folder.mkdir()
+    with locked(folder):
+        process = start(tmp_path, "generator.py", "--demo", "--count", 4)
+        for line in process.stderr:
+            if "waiting for another process" in line:
+                break
+        assert list(folder.iterdir()) == []
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1].endswith("iterations: demo/Generate/faces.png")
+    assert Image.open(folder / "faces.png").size == (8 * (2 * 66 + 2),) * 2
+
+
 def test_comparison_shows_real_and_generated_faces(trained, tmp_path):
     checkpoint = trained / "Output" / "generator.safetensors"
-    run(tmp_path, "generator.py", "--checkpoint", checkpoint, "--compare", trained / "imgs")
+    inline = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # a notebook
+    printed = run(tmp_path, "generator.py", "--checkpoint", checkpoint, "--compare",
+                  trained / "imgs", env=inline)
+    assert "iterations: Generate/real_vs_fake.png\n" in printed
     assert [path.name for path in (tmp_path / "Generate").iterdir()] == ["real_vs_fake.png"]
     difference = abs(pixels(tmp_path / "Generate" / "real_vs_fake.png")
                      - pixels(trained / "Output" / "real_vs_fake.png"))

@@ -5,8 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import dataReader
+import generator
+import pretreat
+import train
 from dataReader import PATH, YES_NO, Problem, command_line, one_of, real, whole
 from weightInit import paddle
 
@@ -301,3 +305,17 @@ def test_cores_are_those_of_the_container(tmp_path, monkeypatch, groups, files, 
     assert dataReader.cores(tmp_path) == number
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert dataReader.cores(tmp_path) == 1
+
+
+def test_demo_settings_fit_together_and_every_setting_is_described():
+    assert pretreat.DEMO["output"] == train.DEMO["data_path"] == dataReader.DEMO["data_path"]
+    assert Path(train.DEMO["output_path"]) / "generator.safetensors" == Path(
+        generator.DEMO["checkpoint"])
+    for script in pretreat, dataReader, train, generator:
+        settings = dataReader.read_settings(script.__file__)
+        assert settings.keys() == script.ALLOWED.keys()
+        assert all(comment for _, comment in settings.values())
+        for name in settings:
+            script.ALLOWED[name].convert(getattr(script, name))
+        for name, value in script.DEMO.items():
+            assert script.ALLOWED[name].convert(value) == value
