@@ -223,7 +223,8 @@ def photos_of_zip(source):
     tops = {path.partition("/")[0] for path in files}
     home = f"{tops.pop()}/" if len(tops) == 1 else ""
     whole_path = str(source.resolve())
-    return {path: photo_at(whole_path, path.removeprefix(home), functools.partial(archive.open, file),
+    return {path: photo_at(whole_path, path.removeprefix(home),
+                           functools.partial(archive.open, file),
                            f"{file.file_size}-{file.CRC:08x}")
             for path, file in files.items()}
 
