@@ -75,26 +75,22 @@ def link_cuda_libraries():
 
 
 def import_paddle():
-    """Import Paddle; put back what that changes: sys.argv, signal handlers, warnings, logging.
+    """Import Paddle; put back what that changes: sys.argv, SIGTERM's handler, warnings, logging.
 
-    sys.argv becomes [""] if the script's path cannot be decoded, and SIGTERM gets a handler that
-    can hang. Meanwhile Ctrl-C ends the process at once: Paddle turns it into other errors.
+    sys.argv becomes [""] if the script's path cannot be decoded; SIGTERM's new handler can hang.
     """
     argv = sys.argv
     log = logging.getLogger()
     log_level, log_handlers = log.level, log.handlers[:]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    may_set = threading.current_thread() is threading.main_thread()
-    if may_set and handlers[signal.SIGINT] is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sigterm = signal.getsignal(signal.SIGTERM)
     # Paddle 2.6 crashes zlib if it is loaded before PIL, which dataReader has loaded.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # of ccache, threads
         import paddle
     sys.argv = argv
     log.setLevel(log_level)
     log.handlers[:] = log_handlers
-    for number in handlers if may_set else ():
-        signal.signal(number, handlers[number])
+    if threading.current_thread() is threading.main_thread():  # another one may not set it
+        signal.signal(signal.SIGTERM, sigterm)
     return paddle
 
 
