@@ -36,14 +36,14 @@ class Layers:
 
     def conv(self, channels_in, channels_out, stride=2, padding=1):
         return self.source.Conv2D(channels_in, channels_out, 4, stride, padding,
-                                  weight_attr=weight_initializer, bias_attr=False)
+                                  weight_attr=weight_initializer(), bias_attr=False)
 
     def deconv(self, channels_in, channels_out, stride=2, padding=1):
         return self.source.Conv2DTranspose(channels_in, channels_out, 4, stride, padding,
-                                           weight_attr=weight_initializer, bias_attr=False)
+                                           weight_attr=weight_initializer(), bias_attr=False)
 
     def bn(self, channels):
-        return nn.BatchNorm2D(channels, momentum=0.8, weight_attr=bn_initializer)
+        return nn.BatchNorm2D(channels, momentum=0.8, weight_attr=bn_initializer())
 
 
 def make_generator(width, onednn):
