@@ -222,11 +222,13 @@ def photos_of_zip(source):
     # CelebA's, as most, has all in one folder, which is then the input, as if unpacked
     tops = {path.partition("/")[0] for path in files}
     home = f"{tops.pop()}/" if len(tops) == 1 else ""
-    whole_path = str(source.resolve())
-    return {path: photo_at(whole_path, path.removeprefix(home),
-                           functools.partial(archive.open, file),
-                           f"{file.file_size}-{file.CRC:08x}")
-            for path, file in files.items()}
+    photos = {}
+    whole_source = str(source.resolve())
+    for path, file in files.items():
+        state = f"{file.file_size}-{file.CRC:08x}"
+        photos[path] = photo_at(whole_source, path.removeprefix(home),
+                                functools.partial(archive.open, file), state)
+    return photos
 
 
 def origin_of(crop):
@@ -234,7 +236,8 @@ def origin_of(crop):
 
     None if it is not whole: copies may be cut, and a power cut leaves nothing, or zeros.
     """
-    data = crop.read_bytes()
+    with open(crop, "rb", buffering=0) as file:
+        data = file.read()
     is_ours = data[37:48] == b"tEXtorigin\0"  # see save_png: right behind the header
     if is_ours and data.endswith(b"IEND\xaeB`\x82"):
         return data[48:41 + int.from_bytes(data[33:37], "big")].decode("latin-1")
@@ -251,12 +254,12 @@ def shows(file, image):
         return False
 
 
-def crop_paths(folder, name, find_faces):
-    """Yield where the crops of a photo go: NAME.png, or NAME-face1.png, NAME-face2.png and on."""
+def crop_files(name, find_faces):
+    """Yield the files of a photo's crops: NAME.png, or NAME-face1.png, NAME-face2.png and so on."""
     if find_faces:
         for number in itertools.count(1):
-            yield folder / f"{name}-face{number}.png"
-    yield folder / f"{name}.png"
+            yield f"{name}-face{number}.png"
+    yield f"{name}.png"
 
 
 def check_size(folder, found, size):
@@ -274,8 +277,7 @@ def crop_all(photos, folder, size, threads, find_faces=False):
     the folder holds crops of another size or cannot be written, or if no photo gives a crop.
     """
     def crops_there(name):
-        return list(itertools.takewhile(
-            lambda path: path.name in there, crop_paths(folder, name, find_faces)))
+        return list(itertools.takewhile(there.__contains__, crop_files(name, find_faces)))
 
     def crop(path):
         """Write the crops of a photo; return their number, 0 if they are there."""
@@ -283,26 +285,26 @@ def crop_all(photos, folder, size, threads, find_faces=False):
         text = f"{size} {photo.origin} {photo.state}"
         name = photo.own_name if crops_there(photo.own_name) else photo.name
         old = crops_there(name)
-        texts = [origin_of(file) for file in old]
+        texts = [origin_of(os.path.join(folder, file)) for file in old]
         if old and set(texts) == {text}:
             return 0
         if old and texts[0]:
             check_size(folder, texts[0].split()[0], str(size))
         image = dataReader.read_image(photo.open())
         crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-        is_there = bool(old and crops) and shows(old[0], crops[0])
+        is_there = bool(old and crops) and shows(folder / old[0], crops[0])
         if old and not is_there and texts[0] is not None and photo.origin not in texts[0]:
             name = photo.own_name  # what is there is of another photo
         for file, its_text in reversed(list(zip(old, texts, strict=True))):
             if its_text is None or photo.origin in its_text:  # of this one before it was changed
-                file.unlink()
+                (folder / file).unlink()
         if not crops:
             raise ValueError("no face found")
         if dataReader.is_nearly_black(crops[0]):
             dark.append(path)
-        new = list(zip(crops, crop_paths(folder, name, find_faces), strict=False))
+        new = list(zip(crops, crop_files(name, find_faces), strict=False))
         for one, file in reversed(new):  # the first last: if it is there, all are
-            dataReader.save_png(file, one, quick=True, origin=text)
+            dataReader.save_png(folder / file, one, quick=True, origin=text)
         return 0 if is_there else len(crops)
 
     there = {entry.name for entry in os.scandir(folder)
