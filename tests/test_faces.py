@@ -68,12 +68,12 @@ def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_pat
         picture = Image.new("RGB", (1000, 700), "grey")
         for x, y, side in places:
             picture.paste(face.resize((side, side)), (x, y))
-        picture.save(tmp_path / "in" / f"{name}.png")
+        picture.save(tmp_path / "in" / f"{name}.jpg", "PNG")
     out = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces",
               env=without_package)
     assert "faces are found by scikit-image's cascade; `python -m pip install tiny" in out
     assert "4 written, 0 already there, 1 skipped" in out
-    assert "skipped none.png: no face found" in out
+    assert "skipped none.jpg: no face found" in out
     found = crops(tmp_path / "imgs")
     assert found.keys() == {
         "one-face1.png", "two-face1.png", "two-face2.png", "corner-face1.png"}
