@@ -321,7 +321,7 @@ def table(found, counts, speeds, seeds, floor):
             f"| {row.title} | {count * speeds[row.training] / 60:.1f} | {count:,} |"
             f" {', '.join(f'{distance:.0f}' for distance in distances)} | {ratio} | {spread:.2f} |"
             f" {', '.join(f'{share:.2f}' for share in shares)} | {memory:.2f} |"
-            f" ![20 faces](.github/quality_{row.name}_{count}_{seeds[0]}.png) |")
+            f" ![20 faces](quality_{row.name}_{count}_{seeds[0]}.png) |")
     lines.append(f"| real crops, as if drawn: the best there is | | | {floor['distance']:.0f} | |"
                  f" {floor['spread']:.2f} |"
                  f" {', '.join(f'{share:.2f}' for share in floor['found'])} |"
