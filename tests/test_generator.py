@@ -7,7 +7,7 @@ from generator import FRAMES, between, face_numbers
 
 import numpy as np
 import pytest
-from conftest import complaint, run, start
+from conftest import ROOT, complaint, run, start
 from PIL import Image
 
 
@@ -186,3 +186,15 @@ def test_numbers_of_faces_are_texts_or_lists(value, numbers):
 def test_what_is_no_number_of_a_face_is_refused(value):
     with pytest.raises(ValueError):  # noqa: PT011
         face_numbers(value)
+
+
+def test_trained_generator_still_draws_the_faces_of_the_readme(tmp_path):
+    """Whatever the Paddle, the processor and the year, up to rounding."""
+    kept = pixels(ROOT / ".github" / "celeba_faces.png")  # faces 0 to 48
+    run(tmp_path, "generator.py", "--checkpoint", ROOT / ".github" / "celeba.safetensors",
+        "--count", 49, "--individual")
+    faces = [pixels(path) for path in sorted((tmp_path / "Generate" / "individual").iterdir())]
+    assert len(faces) == 49
+    for number, face in enumerate(faces):
+        top, left = 2 + 66 * (number // 7), 2 + 66 * (number % 7)
+        assert abs(kept[top:top + 64, left:left + 64] - face).max() <= 2
