@@ -577,12 +577,12 @@ def draw_curves(path, history):
                   ylabel="probability of being real")
 
 
-def draw_progress(path, grids, size):
-    """Draw progress.gif: the first 6×6 faces, of `size` pixels, of 60 grids at most."""
-    paths = [path.with_name(f"{name}.png") for name in grids]
+def draw_progress(path, state):
+    """Draw progress.gif: the first 6×6 faces of 60 grids at most."""
+    paths = [path.with_name(f"{name}.png") for name in state.grids]
     paths = [grid for grid in paths if grid.exists()]
     shown = paths[::-(1 + len(paths) // 60)][::-1]  # the last one always
-    side = 6 * (size + 2) + 2
+    side = 6 * (state.settings["image_size"] + 2) + 2
     frames = [dataReader.read_image(grid).crop((0, 0, side, side)) for grid in shown]
     if frames:
         dataReader.save_gif(path, frames, 150, 2000)
@@ -620,12 +620,11 @@ def draw_comparison(path, reader, state):
 
 
 def write_results(folder, state, history):
-    """Write what a checkpoint is for: the generator, and the pictures of the run."""
+    """Write what generator.py needs, and the curves."""
     if is_main():
         network.save_generator(folder / "generator.safetensors", state.average, state.generator,
                                state.settings["noise"], state.step)
     attempt(draw_curves, folder / "losses.png", history)
-    attempt(draw_progress, folder / "progress.gif", state.grids, state.settings["image_size"])
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -706,6 +705,7 @@ def train_until(total, folder, state, reader, options, amp, history, signals):
     next_save = 0.0  # the first log saves
     if state.step >= total:  # the last process may have been killed while it wrote these
         write_results(folder, state, history)
+        attempt(draw_progress, folder / "progress.gif", state)
     with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
               initial=state.step * images_per_step, disable=not is_main()) as bar:
         while state.step < total:
@@ -726,10 +726,7 @@ def train_until(total, folder, state, reader, options, amp, history, signals):
             if not (sample_now or is_stopped or state.step % options.log_every == 0):
                 continue
             losses = log(folder, history, pending, state)
-            bar.update(len(pending) * images_per_step)
-            where = f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}"
-            bar.set_description(where, refresh=False)
-            bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses))
+            images_seen = len(pending) * images_per_step
             pending.clear()
             save_now = from_main(is_last or is_stopped or time.monotonic() >= next_save)
             if sample_now:
@@ -740,6 +737,12 @@ def train_until(total, folder, state, reader, options, amp, history, signals):
                 save(folder / "checkpoint.safetensors", state)
                 write_results(folder, state, history)
                 next_save = time.monotonic() + 60 * options.save_minutes
+            if sample_now:
+                attempt(draw_progress, folder / "progress.gif", state)
+            bar.update(images_seen)  # what is said comes after what is saved: it may not be heard
+            where = f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}"
+            bar.set_description(where, refresh=False)
+            bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses))
             if is_stopped:
                 say(f"stopped after iteration {state.step}, which is saved: the same command"
                     " (without --restart) goes on")
