@@ -370,7 +370,7 @@ def in_threads(function, items, title, threads, reasons=None):
         return function(item)
 
     def show_warning(message, *_):
-        say(printable(f"{getattr(at_work, 'item', title)}: {message}"))
+        say(f"{getattr(at_work, 'item', title)}: {message}")
 
     bar = tqdm(total=len(items), desc=title, unit="img")
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, bar:
@@ -390,7 +390,7 @@ def in_threads(function, items, title, threads, reasons=None):
                         raise Problem(f"memory ran out at {item}: end other programs") from error
                     else:
                         reason = getattr(error, "strerror", None) or str(error)
-                        say(printable(f"skipped {item}: {reason or type(error).__name__}"))
+                        say(f"skipped {item}: {reason or type(error).__name__}")
                         if reasons is not None:  # counted without what differs
                             reasons[re.split(r" \(| '| for file|: ", reason)[0]] += 1
                     bar.update()
@@ -426,7 +426,7 @@ def list_files(folder):
         except OSError as error:
             if not inner:
                 raise
-            say(f"skipped the folder {printable(inner)}: {error.strerror}")
+            say(f"skipped the folder {inner}: {error.strerror}")
     return sorted(paths)
 
 
@@ -573,7 +573,7 @@ def name_nearly_black(names):
     """Say which images of a set came out so dark that their levels may have been misread."""
     if names:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        say(printable(f"nearly black: {', '.join(sorted(names)[:10])}{more}"))
+        say(f"nearly black: {', '.join(sorted(names)[:10])}{more}")
 
 
 def grid(images, columns=None):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dataReader
@@ -12,11 +13,11 @@ import generator
 import pretreat
 import train
 from dataReader import PATH, YES_NO, Problem, command_line, one_of, real, whole
-from weightInit import paddle
+from weightInit import paddle, read_tensors
 
 import numpy as np
 import pytest
-from conftest import ROOT, photo, run
+from conftest import ROOT, photo, run, start
 from PIL import Image
 
 SCRIPT = '''"""Does 100 % of something.
@@ -221,8 +222,9 @@ def pictures(tmp_path):
                                     "0<&- >&- 2>&-"])
 def test_message_that_cannot_be_delivered_is_no_error(pictures, broken):
     command = f"sleep 0.2; '{sys.executable}' '{ROOT}/dataReader.py' --data_path {pictures.name}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f"({command}) {broken}"],
-                          cwd=pictures.parent, capture_output=True, text=True)
+                          cwd=pictures.parent, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     picture = pictures.parent / "Output" / "training_images.png"
     assert Image.open(picture).size == (10 * 66 + 2, 66 + 2)
@@ -319,3 +321,20 @@ def test_demo_settings_fit_together_and_every_setting_is_described():
             script.ALLOWED[name].convert(getattr(script, name))
         for name, value in script.DEMO.items():
             assert script.ALLOWED[name].convert(value) == value
+
+
+def test_run_whose_terminal_has_closed_is_stopped_and_saved(pictures):
+    """As by Ctrl-C on `train.py 2>&1 | tee log`, where tee dies first."""
+    process = start(
+        pictures.parent, "train.py", "--data_path", pictures.name, "--batch_size", 3, "--width", 4,
+        "--image_size", 32, "--epochs", 10**6, "--log_every", 1, "--save_minutes", 1000)
+    rows = pictures.parent / "Output" / "losses.csv"
+    while process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    process.stdout.close()
+    process.stderr.close()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    _, info = read_tensors(pictures.parent / "Output" / "checkpoint.safetensors", "checkpoint")
+    assert info["step"] == rows.read_text().count("\n") - 1 > 5
