@@ -546,6 +546,9 @@ def test_all_levels_of_16_bits_are_rounded_as_before(tmp_path):
 def test_images_that_come_out_nearly_black_are_named_once(folder, capsys):
     for name in "dark.png", "more/night.png":
         Image.new("RGB", (16, 16), (15, 3, 9)).save(folder / name)
+    lit = Image.new("RGB", (16, 16))
+    lit.putpixel((0, 15), (0, 16, 0))
+    lit.save(folder / "lit.png")
     FaceReader(folder, 16, 1, seed=0)
     [line] = [line for line in capsys.readouterr().err.splitlines() if "nearly black" in line]
     assert line.endswith(f"nearly black: {folder}/dark.png, {folder}/more/night.png")
