@@ -382,7 +382,8 @@ def save(path, state):
 def read_checkpoint(path, settings, change):
     """Read (arrays, info); a Problem if it is damaged, or of other settings than may be."""
     try:
-        arrays, info = weightInit.read_tensors(path, "checkpoint")
+        arrays, found = weightInit.read_tensors(path, "checkpoint")
+        info = {name: found[name] for name in (*REMEMBERED, "scaler", "code")}
         old = dict(info["settings"])
         step = int(info["step"])
     except (Problem, KeyError, TypeError, ValueError) as error:
