@@ -15,12 +15,16 @@ from weightInit import bn_initializer, paddle, weight_initializer
 
 import numpy as np
 
-nn, F, core = paddle.nn, paddle.nn.functional, paddle.base.core
+nn = paddle.nn
+F = paddle.nn.functional
+core = paddle.base.core
+
+CHANNELS = 3  # of an image: red, green, blue
 
 
 # --- the two networks; shapes beside the layers are those of image_size=64, width=64 -------------
 class Discriminator(nn.Layer):
-    """Images `[N, 3, S, S]` in [-1, 1] → logits `[N, 2]` for 0, generated, and 1, real (§3.5).
+    """Images `[N, 3, S, S]` in [-1, 1] → logits `[N, 2]` of being generated, of being real (§3.5).
 
     `image_size`, S, is 32, 64 or 128, `width` the channels after the first convolution.
     """
@@ -28,7 +32,7 @@ class Discriminator(nn.Layer):
     def __init__(self, image_size=64, width=64):
         super().__init__()
         channels = channels_by_layer(image_size, width)     # [64, 128, 256, 512]
-        layers = [conv(3, width), nn.LeakyReLU(0.2)]        # [N, 64, 32, 32]
+        layers = [conv(CHANNELS, width), nn.LeakyReLU(0.2)]  # [N, 64, 32, 32]
         for before, after in itertools.pairwise(channels):  # [N, 128, 16, 16], [N, 256, 8, 8],
             layers.append(conv_bn(before, after))           # [N, 512, 4, 4]
         layers.append(Flatten())                            # [N, 8192]
@@ -48,11 +52,12 @@ class Generator(nn.Layer):
     def __init__(self, z_dim=100, image_size=64, width=64):
         super().__init__()
         self.config = {"z_dim": z_dim, "image_size": image_size, "width": width}
+        self.vector = None  # of all weights, in an average: see `average_weights`
         channels = channels_by_layer(image_size, width)[::-1]      # [512, 256, 128, 64]
         layers = [deconv_bn(z_dim, channels[0], stride=1, padding=0)]  # [N, 512, 4, 4]
         for before, after in itertools.pairwise(channels):  # [N, 256, 8, 8], [N, 128, 16, 16],
             layers.append(deconv_bn(before, after))         # [N, 64, 32, 32]
-        layers += [deconv(width, 3), nn.Tanh()]             # [N, 3, 64, 64]
+        layers += [deconv(width, CHANNELS), nn.Tanh()]      # [N, 3, 64, 64]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z):
@@ -88,11 +93,11 @@ def deconv(channels_in, channels_out, stride=2, padding=1):
                            weight_attr=weight_initializer(), bias_attr=False)
 
 
-MOMENTUM = 0.5  # running = 0.5·running + 0.5·batch (§3.5, §3.6)
+MOMENTUM = 0.5  # of BN: running = 0.5·running + 0.5·batch (§3.5, §3.6)
 
 
 def bn(channels):
-    """Batch normalization of `[N, C, S, S]`."""
+    """Batch normalization, which keeps running statistics for eval mode."""
     return nn.BatchNorm2D(channels, momentum=MOMENTUM, weight_attr=bn_initializer())
 
 
@@ -102,19 +107,21 @@ def fc(features_in, features_out):
 
 
 class Flatten(nn.Layer):
-    """`[N, C, S, S]` → `[N, C·S·S]`; Paddle's own has no second gradient."""
+    """`[N, C, S, S]` → `[N, C·S·S]`; Paddle's own cannot be differentiated twice, as
+    a gradient penalty must be.
+    """
 
     def forward(self, images):
         return images.reshape([images.shape[0], -1])
 
 
 def conv_bn(channels_in, channels_out):
-    """The discriminator's block: `conv`, `bn` and LeakyReLU(0.2)."""
+    """The discriminator's block: `[N, C, S, S]` → `[N, C', S/2, S/2]`."""
     return nn.Sequential(conv(channels_in, channels_out), bn(channels_out), nn.LeakyReLU(0.2))
 
 
 def deconv_bn(channels_in, channels_out, stride=2, padding=1):
-    """The generator's block: `deconv`, `bn` and ReLU."""
+    """The generator's block: `[N, C, S, S]` → `[N, C', 2S, 2S]`."""
     return nn.Sequential(
         deconv(channels_in, channels_out, stride, padding), bn(channels_out), nn.ReLU())
 
@@ -131,31 +138,33 @@ def loss(logits, label):
 
     `label` is 1 where the images are to be called real, 0 where generated; a number or float32
     `[N]`. The probability is softmax(logits)[:, 1] = sigmoid(margin(logits)); the loss is computed
-    from the margin, so it does not overflow however sure D is. G's is the same with label 1; a loss
-    in which it is another, as hinge, belongs on `margin` in train.py's `d_step` and `g_step`.
+    from the margin, so it does not overflow however sure D is. G's loss is the same with label 1.
+    For another loss, such as hinge, start from `margin` in train.py's `d_step` and `g_step`.
     """
-    odds = margin(logits)
-    return F.binary_cross_entropy_with_logits(odds, paddle.ones_like(odds) * label)
+    log_odds = margin(logits)
+    labels = paddle.ones_like(log_odds) * label
+    return F.binary_cross_entropy_with_logits(log_odds, labels)
 
 
 # --- differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738) -----------------------------
 @paddle.amp.auto_cast(False)
-def augment(images, numbers):
+def augment(images, draws):
     """Vary images `[N, 3, S, S]` in [-1, 1] at random, real and generated ones alike, for D.
 
-    `numbers`, `[N, 7]` in [0, 1), say how: 3 are for `vary_color`, 2 for `shift`, 2 for `cut_out`.
-    The gradient flows into `images`. With None they are returned unchanged.
+    `draws`, random numbers `[N, 7]` in [0, 1), say how: 3 are for `vary_color`, 2 for `shift`, 2
+    for `cut_out`. Without them, None, the images are returned unchanged. The gradient flows into
+    `images`.
     """
-    if numbers is None:
+    if draws is None:
         return images
-    images = vary_color(images.astype("float32"), numbers[:, :3])
-    images = shift(images, numbers[:, 3:5])
-    return cut_out(images, numbers[:, 5:])
+    images = vary_color(images.astype("float32"), draws[:, :3])
+    images = shift(images, draws[:, 3:5])
+    return cut_out(images, draws[:, 5:])
 
 
-def vary_color(images, numbers):
+def vary_color(images, draws):
     """Vary brightness (by ±0.5), saturation (0 to 2 times) and contrast (0.5 to 1.5 times)."""
-    brightness, saturation, contrast = numbers.T.reshape([3, -1, 1, 1, 1])
+    brightness, saturation, contrast = draws.T.reshape([3, -1, 1, 1, 1])
     images = images + (brightness - 0.5)
     gray = images.mean([1], keepdim=True)
     images = images * (2 * saturation) + gray * (1 - 2 * saturation)
@@ -163,12 +172,13 @@ def vary_color(images, numbers):
     return images * (contrast + 0.5) + level * (1 - (contrast + 0.5))
 
 
-def shift(images, numbers):
-    """Move each image by up to S/8 whole pixels down and right, or up and left; zeros move in."""
+def shift(images, draws):
+    """Move each image by -S/8 to S/8 whole pixels down, and as many right; zeros move in."""
     size = images.shape[2]
-    down, right = (numbers * (size // 4 + 1)).floor().T.reshape([2, -1, 1, 1, 1]) - size // 8
+    distances = (draws * (size // 4 + 1)).floor() - size // 8
+    down, right = distances.T.reshape([2, -1, 1, 1, 1])
     # Each image has its own matrices of zeros and ones, [N, 1, S, S], that move its rows and its
-    # columns: to cut it at its own place, the numbers would have to be waited for on a GPU.
+    # columns: to cut it at its own place, the host would have to wait for the GPU's numbers.
     j = paddle.arange(size, dtype="float32")
     i = j.reshape([size, 1])
     rows = (i - j == down).astype("float32")
@@ -177,14 +187,18 @@ def shift(images, numbers):
     return rows.expand(images.shape) @ images @ columns.expand(images.shape)
 
 
-def cut_out(images, numbers):
-    """Set a square of S/2 by S/2 pixels to zero; `numbers` are where its middle is, in sizes S."""
+def cut_out(images, draws):
+    """Set a square of S/2 by S/2 pixels to zero; it may reach over the edge.
+
+    `draws`, `[N, 2]`, are y and x of its middle, as fractions of S.
+    """
     size = images.shape[2]
-    pixels = paddle.arange(size, dtype="float32") + 0.5
-    middle_y, middle_x = numbers.T.reshape([2, -1, 1, 1, 1])
-    rows = ((pixels - size * middle_y).abs() < size / 4).astype("float32")
-    columns = ((pixels - size * middle_x).abs() < size / 4).astype("float32")
-    return images * (1 - rows.transpose([0, 1, 3, 2]) * columns)
+    middle_y, middle_x = (size * draws).T.reshape([2, -1, 1, 1, 1])
+    x = paddle.arange(size, dtype="float32") + 0.5
+    y = x.reshape([size, 1])
+    is_row = ((y - middle_y).abs() < size / 4).astype("float32")
+    is_column = ((x - middle_x).abs() < size / 4).astype("float32")
+    return images * (1 - is_row * is_column)
 
 
 # --- latent vectors ------------------------------------------------------------------------------
@@ -194,11 +208,12 @@ NOISES = {"normal": np.random.Generator.standard_normal, "uniform": np.random.Ge
 def latent(key, shape, noise):
     """Draw latent vectors, a float32 array, the same for the same key on every machine.
 
-    The key is a list of integers ≥ 0, a seed and a place in the run; there is no other state. Zeros
-    at its end change nothing, so a key that is to differ from shorter ones ends with another.
-    `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
+    The key is a list of integers ≥ 0, a seed and a place in the run; there is no other state. One
+    of less than 4 is filled with zeros, so [1, 2] is [1, 2, 0, 0]: end a longer key with a number
+    that is not 0. `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
     """
-    return NOISES[noise](np.random.default_rng(key), shape, dtype=np.float32)
+    draw = NOISES[noise]
+    return draw(np.random.default_rng(key), shape, dtype=np.float32)
 
 
 def face_latents(seed, numbers, z_dim, noise):
@@ -211,34 +226,33 @@ def face_latents(seed, numbers, z_dim, noise):
 def average_weights(averaged, generator, decay):
     """Set the weights of an averaged generator to decay·averaged + (1 − decay)·generator.
 
-    The first call moves the averaged one's into one vector, so that this takes few operators.
+    The first call makes the averaged one's weights parts of one vector: on a GPU this then takes
+    4 operators in place of 39.
     """
-    if not hasattr(averaged, "vector"):
+    if averaged.vector is None:
         averaged.vector = join_weights(averaged)
-    new = concatenate(weights(generator))
+    new = copy_weights(generator)
     # not lerp_: it takes 35 ms longer on a CPU, and has a GPU waited for
     averaged.vector.scale_(decay).add_(new.scale_(1.0 - decay))
 
 
 def weights(net):
-    """What training changes in a network: all parameters but the statistics of BN."""
+    """The trainable parameters. Paddle has BN's statistics among them, with stop_gradient."""
     return [value for value in net.parameters() if not value.stop_gradient]
 
 
-def concatenate(tensors):
-    """All numbers of tensors in one vector."""
-    return paddle.concat([tensor.flatten() for tensor in tensors])
+def copy_weights(net):
+    """A copy of a network's weights, one after the other in one vector."""
+    return paddle.concat([value.flatten() for value in weights(net)])
 
 
 def join_weights(net):
-    """Lay a network's weights side by side in memory; return the vector of which they are parts."""
-    vector = concatenate(weights(net))
+    """Move a network's weights into one vector, and return it: who changes it changes them."""
+    vector = copy_weights(net)
     start = 0
     for value in weights(net):
-        shape = value.shape
-        part = vector.get_tensor()._slice(start, start + value.size)
-        part._set_dims(shape)
-        value.get_tensor()._share_data_with(part)
+        part = vector[start:start + value.size].reshape(value.shape)
+        value.get_tensor()._share_data_with(part.get_tensor())
         start += value.size
     return vector
 
@@ -256,10 +270,10 @@ def estimate_statistics(generator, noise, batches=5):
     for batch in range(batches):
         # few large batches, since the variance in a small one is too small: on a full-size net the
         # mean of faces was off by 4% of their spread with 20 batches of 64, and by 1% with 5 of 256
+        z = latent([0, 0, 0, batch + 1], [256, generator.config["z_dim"]], noise)
         for norm in norms:
             norm._momentum = batch / (batch + 1)  # running = the mean of all batches so far
-        generator(paddle.to_tensor(
-            latent([0, 0, 0, batch + 1], [256, generator.config["z_dim"]], noise)))
+        generator(paddle.to_tensor(z))
     for norm in norms:
         norm._momentum = MOMENTUM
     generator.eval()
@@ -287,9 +301,9 @@ def save_generator(path, generator, raw, noise, step, half=False):
     if raw is not None:
         tensors |= {f"raw.{name}": value for name, value in raw.state_dict().items()}
     dtype = "float16" if half else "float32"
-    weightInit.write_tensors(
-        path, {name: value.numpy().astype(dtype) for name, value in tensors.items()},
-        {"kind": "generator", **generator.config, "noise": noise, "step": step})
+    arrays = {name: value.numpy().astype(dtype) for name, value in tensors.items()}
+    info = {"kind": "generator", **generator.config, "noise": noise, "step": step}
+    weightInit.write_tensors(path, arrays, info)
 
 
 def load_generator(path, raw=False):
@@ -297,50 +311,43 @@ def load_generator(path, raw=False):
 
     Whether the file is in float32 or float16, it computes in float32. Returns it and a dict of
     z_dim, image_size, width, noise, step; raises a Problem if the file is missing, foreign or
-    damaged, or for `raw` has none.
+    damaged, or has no raw weights though asked for.
     """
-    tensors, info = weightInit.read_tensors(path, "generator")
-    prefix = "raw." if raw else "layers."
-    tensors = {name.removeprefix("raw."): value for name, value in tensors.items()
-               if name.startswith(prefix)}
-    if raw and not tensors:
+    arrays, info = weightInit.read_tensors(path, "generator")
+    in_training = {name.removeprefix("raw."): value for name, value in arrays.items()
+                   if name.startswith("raw.")}
+    averaged = {name: value for name, value in arrays.items() if not name.startswith("raw.")}
+    if raw and not in_training:
         raise Problem(f"{path} has the averaged weights alone: draw without --raw")
-    if {value.dtype.name for value in tensors.values()} == {"float16"}:
-        tensors = {name: value.astype("float32") for name, value in tensors.items()}
-    check_generator(tensors, info, path)  # before a network of any size is built
+    wanted = in_training if raw else averaged
+    if all(value.dtype == np.float16 for value in wanted.values()):
+        wanted = {name: value.astype("float32") for name, value in wanted.items()}
+    check_generator(wanted, info, path)
     generator = Generator(info["z_dim"], info["image_size"], info["width"])
-    generator.set_state_dict({name: paddle.to_tensor(value) for name, value in tensors.items()})
+    generator.set_state_dict({name: paddle.to_tensor(value) for name, value in wanted.items()})
     if raw:
         estimate_statistics(generator, info["noise"])
     generator.eval()
     return generator, info
 
 
-def check_generator(tensors, info, path):
-    """Raise a Problem unless a file's tensors are those of a generator as it describes it."""
-    sizes = [info.get(name) for name in ("z_dim", "image_size", "width", "step")]
-    good = all(type(size) is int and size >= 0 for size in sizes)
-    if not (good and info["image_size"] in SIZES and info.get("noise") in list(NOISES)):
+def check_generator(arrays, info, path):
+    """Raise a Problem unless a file's arrays are those of a generator as its info describes it."""
+    z_dim, image_size, width, step = (
+        info.get(name) for name in ("z_dim", "image_size", "width", "step"))
+    are_whole = all(type(value) is int for value in (z_dim, image_size, width, step))
+    if not (are_whole and 0 < z_dim < 2**27 and 0 < width < 2**27 and image_size in SIZES
+            and step >= 0 and info.get("noise") in list(NOISES)):
         raise Problem(f"{path} holds weights of another network")
-    weightInit.check_shapes(
-        tensors, generator_shapes(info["z_dim"], info["image_size"], info["width"]), path)
-    for name, value in tensors.items():
+    with paddle.LazyGuard():  # takes no memory: what the info says may be far too large
+        described = Generator(z_dim, image_size, width).state_dict()
+    shapes = {name: value.shape for name, value in described.items()}
+    weightInit.check_shapes(arrays, shapes, path)
+    for name, value in arrays.items():
         if not np.isfinite(value).all():
             raise Problem(f"{path} cannot be drawn with: {name} is not finite")
         if name.endswith("_variance") and (value < 0).any():
             raise Problem(f"{path} cannot be drawn with: {name}, a variance, is negative")
-
-
-def generator_shapes(z_dim, image_size, width):
-    """The shape of each tensor of a generator by name, without building one."""
-    channels = [z_dim, *channels_by_layer(image_size, width)[::-1]]
-    shapes = {}
-    for number, (before, after) in enumerate(itertools.pairwise(channels)):
-        shapes[f"layers.{number}.0.weight"] = [before, after, 4, 4]
-        for name in "weight", "bias", "_mean", "_variance":
-            shapes[f"layers.{number}.1.{name}"] = [after]
-    shapes[f"layers.{len(channels) - 1}.weight"] = [width, 3, 4, 4]
-    return shapes
 
 
 # --- a faster convolution on CPUs; skip this -----------------------------------------------------
@@ -355,7 +362,7 @@ class Conv2D(nn.Conv2D):
 
     def forward(self, images):
         if ONEDNN and images.place.is_cpu_place() and onednn_works():
-            return Convolution.apply(images, self.weight, "outputs", self._stride[0], self._padding)
+            return Convolution.apply(images, self.weight, False, self._stride[0], self._padding)
         return super().forward(images)
 
 
@@ -364,117 +371,102 @@ class Conv2DTranspose(nn.Conv2DTranspose):
 
     def forward(self, inputs):
         if ONEDNN and inputs.place.is_cpu_place() and onednn_works():
-            return Convolution.apply(inputs, self.weight, "images", self._stride[0], self._padding)
+            return Convolution.apply(inputs, self.weight, True, self._stride[0], self._padding)
         return super().forward(inputs)
 
 
 class Convolution(paddle.autograd.PyLayer):
-    """Convolution of images, for `target` "outputs"; of outputs, for "images", the transposed one.
+    """A convolution or a transposed one, with its gradients.
 
-    A convolution turns images `[N, C, S, S]` by kernels `[C', C, 4, 4]` into outputs
-    `[N, C', S', S']`. The transposed one computes its gradient by the images, and the gradient of
-    that is a convolution again.
+    A convolution turns images `[N, C, S, S]` and kernels `[C', C, 4, 4]` into outputs
+    `[N, C', S', S']`. A transposed one turns outputs into images, as a convolution's gradient does.
     """
 
     @staticmethod
-    def forward(ctx, inputs, kernels, target, stride, padding):
+    def forward(ctx, inputs, kernels, is_transposed, stride, padding):
         ctx.save_for_backward(inputs, kernels)
-        ctx.target, ctx.stride, ctx.padding = target, stride, padding
+        ctx.is_transposed, ctx.stride, ctx.padding = is_transposed, stride, padding
         ctx.inputs_are_constant = inputs.stop_gradient
         ctx.kernels_are_constant = kernels.stop_gradient
-        if target == "outputs":
-            return run_onednn(target, inputs, kernels, None, stride, padding)
+        if not is_transposed:
+            return run_onednn("outputs", inputs, kernels, None, stride, padding)
         size = (inputs.shape[2] - 1) * stride - 2 * padding + 4
-        images = paddle.empty([inputs.shape[0], kernels.shape[1], size, size])  # for its shape
-        return run_onednn(target, images, kernels, inputs, stride, padding)
+        images = paddle.empty([inputs.shape[0], kernels.shape[1], size, size])
+        return run_onednn("images", images, kernels, inputs, stride, padding)
 
     @staticmethod
     def backward(ctx, gradient):
         if paddle.is_grad_enabled():  # only if the gradient is to have a gradient
             raise NotImplementedError("for second gradients set network.ONEDNN = False")
         inputs, kernels = ctx.saved_tensor()
-        if ctx.target == "outputs":
-            images, outputs, name_of_inputs = inputs, gradient, "images"
-        else:
-            images, outputs, name_of_inputs = gradient, inputs, "outputs"
+        images, outputs = (gradient, inputs) if ctx.is_transposed else (inputs, gradient)
         of_inputs = of_kernels = None
         if not ctx.inputs_are_constant:
-            of_inputs = run_onednn(
-                name_of_inputs, images, kernels, outputs, ctx.stride, ctx.padding)
+            target = "outputs" if ctx.is_transposed else "images"
+            of_inputs = run_onednn(target, images, kernels, outputs, ctx.stride, ctx.padding)
         if not ctx.kernels_are_constant:
             of_kernels = run_onednn("kernels", images, kernels, outputs, ctx.stride, ctx.padding)
         return of_inputs, of_kernels
 
 
 def run_onednn(target, images, kernels, outputs, stride, padding):
-    """Compute one of a convolution's images, kernels and outputs, `target`, from the two others.
+    """Run a convolution (`target` "outputs") or one of its two gradients ("images", "kernels").
 
-    Images and kernels are the gradients by them, from that of the outputs; what is given for the
-    target is looked at for its shape alone.
+    A gradient is computed from that of the outputs; of the tensor that the target names only the
+    shape is looked at.
     """
-    operator = onednn_operator(target, tuple(kernels.shape), stride, padding)
-    return operator.run(images, kernels, outputs)
+    # Paddle keeps what oneDNN compiles by the names of images and kernels and by the shape of the
+    # images: the rest of what it depends on must be in a name.
+    kernels_name = f"kernels {kernels.shape} {stride} {padding}"
+    variables, operators = onednn_operators(target, kernels_name, stride, padding)
+    given = {"images": images, kernels_name: kernels}
+    if outputs is not None:
+        given["outputs"] = outputs
+    for name, tensor in given.items():
+        variables.var(name).get_tensor()._share_data_with(tensor.contiguous().get_tensor())
+    for operator in operators:
+        operator.run(variables, core.CPUPlace())
+    result = paddle.empty([1])  # paddle.Tensor(variable) leaks on 3.3
+    result.get_tensor()._share_data_with(variables.var("ordered").get_tensor())
+    for name in *given, "blocked", "ordered":  # or they would hold memory until the next call
+        variables.var(name).get_tensor()._clear()
+    variables.drop_kids()  # Paddle's own copies of what it has ordered
+    return result
 
 
-@functools.cache
-def onednn_operator(*arguments):
-    """The operator of a target and layer: making one takes as long as a small convolution."""
-    return OneDNN(*arguments)
-
-
-class OneDNN:
-    """Paddle's oneDNN operator for one target and layer, and the variables that it works on."""
-
-    def __init__(self, target, kernels_shape, stride, padding):
-        # Paddle keeps what oneDNN compiles by the names of images and kernels and by the shape of
-        # the images: the rest of what it depends on must be in a name.
-        kernels = f"kernels {kernels_shape} {stride} {padding}"
-        program = core.ProgramDesc()  # which owns the block
-        block = program.block(0)
-        convolve = block.append_op()
-        convolve.set_type("conv2d" if target == "outputs" else "conv2d_grad")
-        convolve.set_input("Input", ["images"])
-        convolve.set_input("Filter", [kernels])
-        if target != "outputs":
-            convolve.set_input("Output@GRAD", ["outputs"])
-        result = {"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[target]
-        convolve.set_output(result, ["blocked"])
-        attributes = {
-            "strides": [stride] * 2, "paddings": [padding] * 2, "dilations": [1, 1], "groups": 1,
-            "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}
-        for name, value in attributes.items():
-            convolve._set_attr(name, value)
-        # oneDNN's results lie in memory in blocks. Paddle orders what it gives to an operator that
-        # is not oneDNN's, so here is one that does nothing.
-        order = block.append_op()
-        order.set_type("share_data")
-        order.set_input("X", ["blocked"])
-        order.set_output("Out", ["ordered"])
-        self.operators = []
-        for description in convolve, order:
-            # or the variables are looked up by their names in each run, 0.1 ms in all
-            description._set_attr("@ENABLE_CACHE_RUNTIME_CONTEXT@", True)
-            self.operators.append(core.Operator.create(description.serialize_to_string()))
-        self.cpu = core.CPUPlace()
-        self.scope = core.Scope()
-        self.images, self.kernels, self.outputs, self.blocked, self.ordered = (
-            self.scope.var(name).get_tensor()
-            for name in ("images", kernels, "outputs", "blocked", "ordered"))
-
-    def run(self, images, kernels, outputs):
-        """Compute a new tensor; no memory is held until the next call."""
-        self.images._share_data_with(images.contiguous().get_tensor())
-        self.kernels._share_data_with(kernels.contiguous().get_tensor())
-        if outputs is not None:
-            self.outputs._share_data_with(outputs.contiguous().get_tensor())
-        for operator in self.operators:
-            operator.run(self.scope, self.cpu)
-        result = paddle.empty([1])  # paddle.Tensor(self.ordered) leaks on 3.3
-        result.get_tensor()._share_data_with(self.ordered)
-        for variable in self.images, self.kernels, self.outputs, self.blocked, self.ordered:
-            variable._clear()
-        self.scope.drop_kids()  # Paddle's own copies of what it has ordered
-        return result
+@functools.cache  # making them takes as long as a small convolution
+def onednn_operators(target, kernels, stride, padding):
+    """The variables, and Paddle's two operators that work on them for a target and layer."""
+    program = core.ProgramDesc()  # which owns the block
+    block = program.block(0)
+    convolve = block.append_op()
+    convolve.set_type("conv2d" if target == "outputs" else "conv2d_grad")
+    convolve.set_input("Input", ["images"])
+    convolve.set_input("Filter", [kernels])
+    if target != "outputs":
+        convolve.set_input("Output@GRAD", ["outputs"])
+    result = {"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[target]
+    convolve.set_output(result, ["blocked"])
+    attributes = {
+        "strides": [stride] * 2, "paddings": [padding] * 2, "dilations": [1, 1], "groups": 1,
+        "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}
+    for name, value in attributes.items():
+        convolve._set_attr(name, value)
+    # oneDNN's results lie in memory in blocks. Paddle orders what it gives to an operator that is
+    # not oneDNN's, so here is one that does nothing.
+    order = block.append_op()
+    order.set_type("share_data")
+    order.set_input("X", ["blocked"])
+    order.set_output("Out", ["ordered"])
+    operators = []
+    for description in convolve, order:
+        # without this the variables are looked up by their names in each run, 0.1 ms in all
+        description._set_attr("@ENABLE_CACHE_RUNTIME_CONTEXT@", True)
+        operators.append(core.Operator.create(description.serialize_to_string()))
+    variables = core.Scope()
+    for name in "images", kernels, "outputs", "blocked", "ordered":
+        variables.var(name).get_tensor()  # makes a tensor of it
+    return variables, operators
 
 
 @functools.cache
