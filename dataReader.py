@@ -71,7 +71,7 @@ def numeric(kind, least=-math.inf, below=math.inf):
     """The Kind of numbers, `kind` being int or float, `least` ≤ number < `below`; 4.0 is an int."""
     def convert(value):
         exact = float(str(value))  # through its text, since True is no number
-        if not least <= exact < below or kind(exact) != exact:
+        if not (math.isfinite(exact) and least <= exact < below and kind(exact) == exact):
             raise ValueError
         return kind(exact)
 

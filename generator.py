@@ -44,7 +44,9 @@ def face_numbers(value):
         return []
     if isinstance(value, str) or not np.iterable(value):
         value = [value]
-    text, number, numbers = ",".join(map(str, value)), whole(0, LIMIT), []
+    text = ",".join(map(str, value))
+    number = whole(0, LIMIT)
+    numbers = []
     for part in text.split(",") if text else []:
         first, dash, last = part.partition("-")
         start = number.convert(first)
@@ -155,8 +157,11 @@ def main():
     weightInit.use_device(options.device)
     generator, info = network.load_generator(options.checkpoint, options.raw)
     folder = Path(options.output_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, pictures = options.seeds or range(options.count), []
+    numbers = options.seeds or range(options.count)
+    pictures = []
+    if options.compare:
+        dataReader.check_outside(folder, options.compare)
+        reader = dataReader.FaceReader(options.compare, info["image_size"], 1, options.seed)
 
     def latents_of(numbers):
         return network.face_latents(options.seed, numbers, info["z_dim"], info["noise"])
@@ -164,12 +169,12 @@ def main():
     def faces_of(numbers):
         return network.draw_faces(generator, latents_of(numbers))
 
+    folder.mkdir(parents=True, exist_ok=True)
     with dataReader.locked(folder):  # two writers of one file would spoil it
         if options.interpolate:
             z = latents_of(options.interpolate)
             pictures.append(draw_interpolation(generator, z, info["noise"], folder))
         if options.compare:
-            reader = dataReader.FaceReader(options.compare, info["image_size"], 1, options.seed)
             faces = faces_of(numbers[:100])
             pictures.append(folder / "real_vs_fake.png")
             dataReader.save_grids(

@@ -676,6 +676,7 @@ def train(options):
 
     A signal that asks for an end becomes SystemExit, once the iteration is done and saved.
     """
+    dataReader.check_outside(options.output_path, options.data_path)
     reader, amp = set_up(options)
     with output_folder(options) as folder, noted_signals() as signals:
         state = build(options, amp)

@@ -59,7 +59,8 @@ def loads(library):
 def link_cuda_libraries():
     """Put links to pip's cuDNN and cuBLAS into paddle/libs, where Paddle 2.6 looks for libcudnn.so.
 
-    pip's is nvidia/cudnn/lib/libcudnn.so.8. If no link can be made, `use_device` says what helps.
+    pip's is nvidia/cudnn/lib/libcudnn.so.8; those of another CUDA, as PyTorch brings, are left
+    alone. If no link can be made, `use_device` says what helps.
     """
     try:
         package = metadata.distribution("paddlepaddle-gpu")
@@ -68,7 +69,9 @@ def link_cuda_libraries():
     if not package.version.startswith("2.6") or not loads("libcuda.so.1"):  # the driver
         return
     libs = Path(package.locate_file("paddle/libs"))
-    for library in Path(package.locate_file("nvidia")).glob("*/lib/*.so.*"):
+    nvidia = Path(package.locate_file("nvidia"))
+    wanted = [*nvidia.glob("cudnn/lib/*.so.8"), *nvidia.glob("cublas/lib/*.so.11")]
+    for library in [*wanted, *nvidia.glob("cuda_nvrtc/lib/*.so.11*")]:
         for name in library.name, library.name.split(".so")[0] + ".so":
             with contextlib.suppress(OSError):  # it is there, or the folder cannot be written
                 (libs / name).symlink_to(library)
@@ -225,7 +228,7 @@ def try_gpu():
 
 
 def device_name():
-    """The device in use, e.g. "NVIDIA A100 (compute capability 8.0)" or "CPU, 2 threads"."""
+    """The device in use, e.g. "NVIDIA A100 (compute capability 8.0)" or "CPU, OMP_NUM_THREADS 2"."""
     if paddle.get_device() == "cpu":
         return f"CPU, OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
     major, minor = paddle.device.cuda.get_device_capability()

@@ -149,7 +149,8 @@ def packages(tmp_path, monkeypatch):
     """Stands in for what pip installs beside Paddle 2.6, and a driver; `site` is its folder."""
     packages = SimpleNamespace(site=tmp_path, version="2.6.2", driver=True)
     for path in ("cudnn/lib/libcudnn.so.8", "cublas/lib/libcublasLt.so.11", "cublas/__init__.py",
-                 "cuda_nvrtc/lib/libnvrtc-builtins.so.11.8", "cudnn/lib/__init__.py"):
+                 "cuda_nvrtc/lib/libnvrtc-builtins.so.11.8", "cudnn/lib/__init__.py",
+                 "cublas/lib/libcublas.so.12", "nccl/lib/libnccl.so.2"):  # of another CUDA
         (tmp_path / "nvidia" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "nvidia" / path).write_text(path)
     (tmp_path / "paddle" / "libs").mkdir(parents=True)

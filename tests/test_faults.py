@@ -349,6 +349,12 @@ def test_kill_between_checkpoint_and_generator_leaves_no_old_generator(place, mo
     assert contents(place) == before
 
 
+def test_output_inside_the_images_is_refused(place, monkeypatch):
+    with pytest.raises(Problem, match="imgs/out lies in imgs"):
+        train_here(place, monkeypatch, "--output_path", "imgs/out")
+    assert not (place / "imgs" / "out").exists()
+
+
 def test_other_images_are_not_mixed_in(place, demo, monkeypatch):
     train_here(place, monkeypatch, "--epochs", 1)
     (place / "other").mkdir()

@@ -168,6 +168,10 @@ def test_bad_settings_are_one_line(trained, tmp_path):
             "--compare", "nowhere"]:
         line = complaint(tmp_path, "generator.py", "--checkpoint", checkpoint, *flags)
         assert (flags[0] if flags[1] != "nowhere" else "nowhere") in line
+    (tmp_path / "imgs").mkdir()
+    assert "imgs/out lies in imgs" in complaint(
+        tmp_path, "generator.py", "--checkpoint", checkpoint, "--compare", "imgs",
+        "--output_path", "imgs/out")
     (tmp_path / "file").write_text("a file")
     assert "file" in complaint(
         tmp_path, "generator.py", "--checkpoint", checkpoint, "--output_path", "file")

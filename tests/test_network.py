@@ -461,3 +461,20 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         read_tensors(tmp_path / "strided", "test")[0]["weight"], np.eye(4)[:, 1:3])
     assert json.dumps(info) == json.dumps(read_tensors(tmp_path / "g", "generator")[1])
+
+
+def test_paddles_check_for_nan_finds_no_memory_that_was_never_written():
+    G, D = Generator(8, 32, 4), Discriminator(32, 4)
+    z = np.zeros([4, 8], np.float32)
+    paddle.set_flags({"FLAGS_check_nan_inf": True})
+    try:
+        for _ in range(10):
+            for size in 4, 8, 16, 4 * 3 * 32 * 32:  # left behind for whoever takes memory next
+                paddle.to_tensor(np.full(size, np.nan, np.float32))
+            G.train()
+            loss(D(G(paddle.to_tensor(z))), 1).backward()
+            G.eval()
+            draw_faces(G, z)
+        assert paddle.get_flags("FLAGS_check_nan_inf")["FLAGS_check_nan_inf"]
+    finally:
+        paddle.set_flags({"FLAGS_check_nan_inf": False})
