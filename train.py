@@ -517,8 +517,8 @@ def log(folder, history, pending, state):
 def advice(state):
     """What helps when a run goes wrong, in flags that it can go on with."""
     rate, g_steps = state.settings["learning_rate"] / 2, state.settings["g_steps"] + 1
-    return ("the last checkpoint is kept. What usually helps: the same command (without --restart)"
-            f" with --change --learning_rate {rate:g}, or with --change --g_steps {g_steps}")
+    return ("from the last checkpoint go on with the same command (without --restart) and --change"
+            f" --learning_rate {rate:g}, or --change --g_steps {g_steps}, which usually helps")
 
 
 # --- pictures ------------------------------------------------------------------------------------
