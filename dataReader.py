@@ -4,6 +4,20 @@
     python dataReader.py --data_path photos  # any folder of images, of any size
 """
 
+import os
+import signal
+import sys
+
+if sys.platform != "linux":
+    sys.exit("these scripts are for Linux; on Windows it is in WSL2, on a Mac in a virtual machine")
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
+# While the rest loads, Ctrl-C ends a script at once, without a traceback. Not what imports this.
+if (signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and os.path.dirname(os.path.realpath(sys.argv[0]))
+        == os.path.dirname(os.path.realpath(__file__))):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import contextlib
@@ -12,12 +26,9 @@ import hashlib
 import io
 import itertools
 import math
-import os
 import re
 import resource
-import signal
 import stat
-import sys
 import threading
 import tokenize
 import warnings
@@ -27,15 +38,6 @@ from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
-
-if sys.platform != "linux":
-    sys.exit("these scripts are for Linux; on Windows it is in WSL2, on a Mac in a virtual machine")
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
-# While libraries load, Ctrl-C ends a script at once, without a traceback. Not what imports this.
-if (signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError

@@ -11,12 +11,12 @@
 Face number k of a seed is the same face whatever the count, and on any device up to rounding.
 """
 
-from pathlib import Path
-
 import dataReader
 import network
 import weightInit
 from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole
+
+from pathlib import Path
 
 import numpy as np
 from PIL import Image

@@ -6,12 +6,12 @@
     G, info = load_generator("Output/generator.safetensors")
 """
 
-import functools
-import itertools
-
 import weightInit
 from dataReader import SIZES, Problem
 from weightInit import bn_initializer, paddle, weight_initializer
+
+import functools
+import itertools
 
 import numpy as np
 

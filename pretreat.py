@@ -10,6 +10,9 @@
 A run that was stopped goes on where it was. Files that are no photos are named and left out.
 """
 
+import dataReader
+from dataReader import PATH, YES_NO, Problem, one_of, whole
+
 import contextlib
 import functools
 import hashlib
@@ -21,9 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-import dataReader
-from dataReader import PATH, YES_NO, Problem, one_of, whole
 
 import numpy as np
 from PIL import Image

@@ -19,6 +19,12 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
     checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
 """
 
+import dataReader
+import network
+import weightInit
+from dataReader import PATH, YES_NO, Problem, one_of, real, say, whole
+from weightInit import paddle
+
 import array
 import ast
 import contextlib
@@ -33,12 +39,6 @@ import shlex
 import signal
 import time
 from pathlib import Path
-
-import dataReader
-import network
-import weightInit
-from dataReader import PATH, YES_NO, Problem, one_of, real, say, whole
-from weightInit import paddle
 
 import numpy as np
 from tqdm import tqdm

@@ -4,6 +4,8 @@
 hold data and nothing that could be run.
 """
 
+from dataReader import Problem, cores, paddle_error_text, replacing, say
+
 import contextlib
 import ctypes
 import hashlib
@@ -18,8 +20,6 @@ import threading
 import warnings
 from importlib import metadata
 from pathlib import Path
-
-from dataReader import Problem, cores, paddle_error_text, replacing, say
 
 import numpy as np
 import safetensors.numpy

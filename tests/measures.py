@@ -15,11 +15,11 @@ Of a folder's crops, sorted by name, the last fifth (at most 2,000) is held out:
 Other training crops, measured as if they had been drawn, show what the best there is looks like.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import dataReader
 from dataReader import Problem
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image

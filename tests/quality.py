@@ -13,6 +13,9 @@ that the same command goes on where it was stopped:
     table.md           the tables, as far as there is something in them
 """
 
+import dataReader
+from dataReader import Problem
+
 import argparse
 import itertools
 import json
@@ -26,9 +29,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-
-import dataReader
-from dataReader import Problem
 
 import measures
 import numpy as np

@@ -1,10 +1,10 @@
 """The bench measures what it says, and trains others' recipes as they are; no speeds, no faces."""
 
-import sys
-from types import SimpleNamespace
-
 import network
 from dataReader import Problem
+
+import sys
+from types import SimpleNamespace
 
 import bench
 import dcgan_docs

@@ -1,18 +1,18 @@
 """What is done on a GPU, with a stand-in for the card: tests must pass where there is none."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
-
 import dataReader
 import network
 import train
 import weightInit
 from dataReader import Problem
 from weightInit import paddle
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

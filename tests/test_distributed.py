@@ -1,15 +1,15 @@
 """train.py on Paddle's launcher: two processes on the CPU (gloo) that train one model."""
 
+from dataReader import FaceReader
+from network import Discriminator, Generator, latent, loss
+from weightInit import paddle, read_tensors
+
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-from dataReader import FaceReader
-from network import Discriminator, Generator, latent, loss
-from weightInit import paddle, read_tensors
 
 import numpy as np
 import pytest

@@ -1,12 +1,12 @@
 """pretreat.py --find_faces: faces are cut out as CelebA frames them, with either detector."""
 
+import pretreat
+from pretreat import LANDMARKS, cut_faces, cut_square, find_by_landmarks
+
 import io
 import os
 import sys
 from types import SimpleNamespace
-
-import pretreat
-from pretreat import LANDMARKS, cut_faces, cut_square, find_by_landmarks
 
 import numpy as np
 import pytest

@@ -1,5 +1,12 @@
 """Nothing is lost: kills, full disks, damaged files, divergence, a second process."""
 
+import dataReader
+import train
+from dataReader import Problem, grid
+from network import Generator, draw_faces, face_latents, load_generator, save_generator
+from train import iterate, main, noted_signals
+from weightInit import read_tensors, write_tensors
+
 import io
 import itertools
 import os
@@ -11,13 +18,6 @@ import shutil
 import signal
 import time
 from types import SimpleNamespace
-
-import dataReader
-import train
-from dataReader import Problem, grid
-from network import Generator, draw_faces, face_latents, load_generator, save_generator
-from train import iterate, main, noted_signals
-from weightInit import read_tensors, write_tensors
 
 import numpy as np
 import pytest

@@ -1,9 +1,9 @@
 """generator.py: the same face for the same number, from the file alone."""
 
-import os
-
 from dataReader import locked
 from generator import FRAMES, between, face_numbers
+
+import os
 
 import numpy as np
 import pytest

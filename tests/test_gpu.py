@@ -1,8 +1,8 @@
 """What can be seen on a GPU alone. Skipped, with the reason, where Paddle cannot use one."""
 
-import shutil
-
 from weightInit import read_tensors
+
+import shutil
 
 import numpy as np
 import pytest

@@ -1,8 +1,5 @@
 """network.py and weightInit.py: the shapes, weights, loss and files that the tutorial describes."""
 
-import json
-from types import SimpleNamespace
-
 import network
 from dataReader import Problem
 from network import (
@@ -20,6 +17,9 @@ from network import (
     save_generator,
 )
 from weightInit import paddle, read_tensors, write_tensors
+
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

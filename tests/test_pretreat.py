@@ -1,13 +1,13 @@
 """pretreat.py: photos become correct upright RGB crops, and no bad file stops the others."""
 
+from dataReader import Problem
+from pretreat import crop_all, crop_face, find_photos
+
 import io
 import os
 import re
 import shutil
 import zipfile
-
-from dataReader import Problem
-from pretreat import crop_all, crop_face, find_photos
 
 import numpy as np
 import pytest

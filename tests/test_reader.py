@@ -1,5 +1,18 @@
 """dataReader.py: every image once an epoch, in an order that can be reached anywhere at once."""
 
+import dataReader
+from dataReader import (
+    FaceReader,
+    Problem,
+    check_outside,
+    grid,
+    in_threads,
+    list_files,
+    locked,
+    read_image,
+    replacing,
+)
+
 import errno
 import inspect
 import io
@@ -13,19 +26,6 @@ import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-
-import dataReader
-from dataReader import (
-    FaceReader,
-    Problem,
-    check_outside,
-    grid,
-    in_threads,
-    list_files,
-    locked,
-    read_image,
-    replacing,
-)
 
 import numpy as np
 import pytest

@@ -4,16 +4,16 @@ Every command is read by the flags' own parser, every default looked up, every l
 nothing here can check is whether a sentence is true: who changes a promise, changes its sentence.
 """
 
+import dataReader
+import train
+import weightInit
+
 import ast
 import importlib
 import re
 import shlex
 import sys
 from collections import Counter
-
-import dataReader
-import train
-import weightInit
 
 import pytest
 from conftest import ROOT

@@ -1,5 +1,12 @@
 """The settings at the top of a script, its flags, and what surrounds its process."""
 
+import dataReader
+import generator
+import pretreat
+import train
+from dataReader import PATH, YES_NO, Problem, command_line, one_of, real, whole
+from weightInit import paddle, read_tensors
+
 import ast
 import os
 import signal
@@ -7,13 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import dataReader
-import generator
-import pretreat
-import train
-from dataReader import PATH, YES_NO, Problem, command_line, one_of, real, whole
-from weightInit import paddle, read_tensors
 
 import numpy as np
 import pytest

@@ -1,14 +1,5 @@
 """train.py: the algorithm of §4, and the files a run leaves behind."""
 
-import array
-import os
-import re
-import shutil
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
-
 import network
 from dataReader import FaceReader, grid
 from network import (
@@ -32,6 +23,15 @@ from train import (
     random_numbers,
 )
 from weightInit import paddle, read_tensors
+
+import array
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
