@@ -20,6 +20,7 @@ import itertools
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,10 @@ def cut_square(pixels, x, y, side, angle):
     return upright.crop((margin, margin, upright.width - margin, upright.height - margin))
 
 
+LEAST_SIDE = 0.87  # of a crop in the photo, in sides of the finished crop: none is enlarged more
+SAME_FACE = 0.345  # two middles nearer than so many sides of a crop, across and down, are one face
+
+
 def cut_faces(photo, size):
     """Cut out every face as CelebA frames it: PIL image → list of PIL images, largest face first.
 
@@ -146,8 +151,8 @@ def cut_faces(photo, size):
     kept, crops, pixels = [], [], np.asarray(photo)
     for face in sorted(find(np.asarray(small)), key=lambda face: -face[2]):
         x, y, side = (scale * number for number in face[:3])
-        if side >= 0.87 * size and all(
-                max(abs(x - x0), abs(y - y0)) > 0.345 * side0 for x0, y0, side0 in kept):
+        if side >= LEAST_SIDE * size and all(
+                max(abs(x - x0), abs(y - y0)) > SAME_FACE * side0 for x0, y0, side0 in kept):
             kept.append((x, y, side))
             square = cut_square(pixels, x, y, side, angle=face[3])
             crops.append(square.resize((size, size), Image.Resampling.BILINEAR))
@@ -157,27 +162,28 @@ def cut_faces(photo, size):
 class Photo(NamedTuple):
     """A photo of the input."""
 
-    open: Callable  # () → a path or binary file to decode
-    state: str      # its size, and its time or a zip's checksum: others once it has changed
-    origin: str     # a digest of where it is
-    name: str       # of its crop, without .png
-    own_name: str   # of its crop if another photo's has that name
+    get_file: Callable  # () → a path or binary file to decode
+    state: str          # its size, and its time or a zip's checksum: others once it has changed
+    origin: str         # a digest of where it is
+    name: str           # of its crop, without .png
+    own_name: str       # of its crop if another photo's has that name
 
 
-def photo_at(source, path, open, state):
+def photo_at(source, path, get_file, state):
     """The Photo at `path` in the input `source`, an absolute path.
 
     Nothing but these two decides the names, so that a crop is found again whatever is beside its
     photo. CelebA's 000001.jpg is 000001; those in folders and of other kinds may have equal stems.
     """
     stem = os.path.splitext(os.path.basename(path))[0]
+    # CelebA's end in .jpg; IMG_1.JPG may lie beside IMG_1.jpg
     is_plain = "/" not in path and path.endswith(".jpg")
     if len(os.fsencode(stem)) > 200:  # a file's name has 255 bytes at most
         stem = stem[:50]
         is_plain = False
     origin = digest(os.path.join(source, path))
     name = stem if is_plain else f"{stem}-{digest(path)[:10]}"
-    return Photo(open, state, origin, name, f"{stem}-{origin[:10]}")
+    return Photo(get_file, state, origin, name, f"{stem}-{origin[:10]}")
 
 
 def digest(path):
@@ -205,7 +211,8 @@ def photos_of_folder(folder):
         file = os.path.join(folder, path)
         state = ""
         with contextlib.suppress(OSError):  # it will be named when it is read
-            state = f"{os.stat(file).st_size}-{os.stat(file).st_mtime_ns}"
+            info = os.stat(file)
+            state = f"{info.st_size}-{info.st_mtime_ns}"
         photos[path] = photo_at(source, path, functools.partial(str, file), state)
     return photos
 
@@ -213,15 +220,18 @@ def photos_of_folder(folder):
 def photos_of_zip(source):
     try:
         archive = zipfile.ZipFile(source)
-        files = {file.filename: file for file in archive.infolist()  # the last of one name
-                 if not file.is_dir() and not re.match(r"__MACOSX/|\.|.*/\.", file.filename)}
-        for file in list(files.values())[:1]:
-            archive.open(file).close()
     except OSError:
         raise
     except Exception as error:  # zipfile's are of many kinds
-        raise Problem(f"{source} cannot be read as a zip ({error}): if another program can, unpack"
-                      " it, and pass the folder as --input") from error
+        raise unreadable_zip(source, error) from error
+    files = {file.filename: file for file in archive.infolist()  # the last of one name
+             if not file.is_dir() and not re.match(r"__MACOSX/|\.|.*/\.", file.filename)}
+    for file in list(files.values())[:1]:  # the others will be like it
+        if file.flag_bits & 1:
+            raise unreadable_zip(source, "it is encrypted")
+        if file.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2,
+                                      zipfile.ZIP_LZMA):
+            raise unreadable_zip(source, f"compression method {file.compress_type}")
     # CelebA's, as most, has all in one folder, which is then the input, as if unpacked
     tops = {path.partition("/")[0] for path in files}
     home = f"{tops.pop()}/" if len(tops) == 1 else ""
@@ -234,6 +244,22 @@ def photos_of_zip(source):
     return photos
 
 
+def unreadable_zip(source, reason):
+    return Problem(f"{source} cannot be read as a zip ({reason}): if another program can, unpack"
+                   " it, and pass the folder as --input")
+
+
+def is_whole(png):
+    """Whether the bytes of a PNG end where they should, with all checksums right."""
+    at = 8  # behind the signature; then come chunks: length, kind, data, checksum
+    while at < len(png):
+        end = at + 8 + int.from_bytes(png[at:at + 4], "big")
+        if zlib.crc32(png[at + 4:end]) != int.from_bytes(png[end:end + 4], "big"):
+            return False
+        at = end + 4
+    return png.endswith(b"IEND\xaeB`\x82")
+
+
 def origin_of(crop):
     """What a crop's file says of its photo; "" if it is no file of ours.
 
@@ -241,12 +267,20 @@ def origin_of(crop):
     """
     with open(crop, "rb", buffering=0) as file:
         data = file.read()
-    is_ours = data[37:48] == b"tEXtorigin\0"  # see save_png: right behind the header
-    if is_ours and data.endswith(b"IEND\xaeB`\x82"):
-        return data[48:41 + int.from_bytes(data[33:37], "big")].decode("latin-1")
-    if is_ours or len(data) < 57 or not data.strip(b"\0"):
+    if not data.strip(b"\0"):
         return None
-    return ""
+    # save_png has its text as the second chunk, behind the signature's 8 bytes and the header's 25
+    length = int.from_bytes(data[33:37], "big")
+    kind, _, text = data[37:41 + length].decode("latin-1").partition("\0")
+    if kind != "tEXtorigin" or not re.fullmatch(r"\d+ [0-9a-f]{40} \S*", text):
+        return ""
+    return text if is_whole(data) else None
+
+
+def is_of_another(photo, origin):
+    """Whether a crop of this `origin_of` is not the Photo's: another's, or a file of the user's."""
+    is_damaged = origin is None
+    return not is_damaged and photo.origin not in origin
 
 
 def shows(file, image):
@@ -257,18 +291,65 @@ def shows(file, image):
         return False
 
 
-def crop_files(name, find_faces):
+class Output(NamedTuple):
+    """A folder of crops."""
+
+    folder: Path
+    size: int         # height and width of a crop, pixels
+    find_faces: bool  # whether a photo may have several
+    there: set        # names of the PNGs that are in it
+
+
+def crop_files(output, name):
     """Yield the files of a photo's crops: NAME.png, or NAME-face1.png, NAME-face2.png and so on."""
-    if find_faces:
+    if output.find_faces:
         for number in itertools.count(1):
             yield f"{name}-face{number}.png"
     yield f"{name}.png"
 
 
-def check_size(folder, found, size):
-    if found != size:
-        raise Problem(f"{folder} holds crops of {found}×{found}, not {size}×{size}: pass another"
-                      " --output, or remove it")
+def name_in(output, photo):
+    """The name of a Photo's crops: its own name if they have it already."""
+    has_own = next(crop_files(output, photo.own_name)) in output.there
+    return photo.own_name if has_own else photo.name
+
+
+def old_crops(output, photo):
+    """The crops that have a Photo's name, a dict from file to its `origin_of`, the first first."""
+    files = itertools.takewhile(
+        output.there.__contains__, crop_files(output, name_in(output, photo)))
+    return {file: origin_of(output.folder / file) for file in files}
+
+
+def check_size(output):
+    """Raise a Problem if the crops that are there have another size, by the first with a text."""
+    origins = (origin_of(output.folder / file) for file in output.there)
+    found = next(filter(None, origins), f"{output.size} ").split()[0]
+    if found != str(output.size):
+        raise Problem(f"{output.folder} holds crops of {found}×{found}, not {output.size}×"
+                      f"{output.size}: pass another --output, or remove it")
+
+
+def replace_crops(output, photo, old, crops, text):
+    """Write a Photo's crops in place of its `old` ones; return their number, 0 if they were there.
+
+    What is of another photo stays, and these get another name. Raises a ValueError without crops.
+    """
+    name = name_in(output, photo)
+    first = next(crop_files(output, name))
+    is_there = first in old and bool(crops) and shows(output.folder / first, crops[0])
+    if first in old and not is_there and is_of_another(photo, old[first]):
+        name = photo.own_name
+        old = {}
+    new = list(zip(crops, crop_files(output, name), strict=False))
+    for crop, file in reversed(new):  # the first last: if it is there, all are
+        dataReader.save_png(output.folder / file, crop, quick=True, origin=text)
+    for file in reversed(list(old)[len(crops):]):  # there were more before the photo was changed
+        if not is_of_another(photo, old[file]):
+            (output.folder / file).unlink()
+    if not crops:
+        raise ValueError("no face found")
+    return 0 if is_there else len(crops)
 
 
 def crop_all(photos, folder, size, threads, find_faces=False):
@@ -279,39 +360,22 @@ def crop_all(photos, folder, size, threads, find_faces=False):
     that has changed it is cropped again, and of two with one name none is lost. Raises a Problem if
     the folder holds crops of another size or cannot be written, or if no photo gives a crop.
     """
-    def crops_there(name):
-        return list(itertools.takewhile(there.__contains__, crop_files(name, find_faces)))
-
     def crop(path):
-        """Write the crops of a photo; return their number, 0 if they are there."""
         photo = photos[path]
         text = f"{size} {photo.origin} {photo.state}"
-        name = photo.own_name if crops_there(photo.own_name) else photo.name
-        old = crops_there(name)
-        texts = [origin_of(os.path.join(folder, file)) for file in old]
-        if old and set(texts) == {text}:
+        old = old_crops(output, photo)
+        if old and set(old.values()) == {text}:
             return 0
-        if old and texts[0]:
-            check_size(folder, texts[0].split()[0], str(size))
-        image = dataReader.read_image(photo.open())
+        image = dataReader.read_image(photo.get_file())
         crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-        is_there = bool(old and crops) and shows(folder / old[0], crops[0])
-        if old and not is_there and texts[0] is not None and photo.origin not in texts[0]:
-            name = photo.own_name  # what is there is of another photo
-        for file, its_text in reversed(list(zip(old, texts, strict=True))):
-            if its_text is None or photo.origin in its_text:  # of this one before it was changed
-                (folder / file).unlink()
-        if not crops:
-            raise ValueError("no face found")
-        if dataReader.is_nearly_black(crops[0]):
+        if crops and dataReader.is_nearly_black(crops[0]):
             dark.append(path)
-        new = list(zip(crops, crop_files(name, find_faces), strict=False))
-        for one, file in reversed(new):  # the first last: if it is there, all are
-            dataReader.save_png(folder / file, one, quick=True, origin=text)
-        return 0 if is_there else len(crops)
+        return replace_crops(output, photo, old, crops, text)
 
-    there = {entry.name for entry in os.scandir(folder)
-             if entry.name.endswith(".png") and entry.is_file()}
+    output = Output(folder, size, find_faces, there={
+        entry.name for entry in os.scandir(folder)
+        if entry.name.endswith(".png") and entry.is_file()})
+    check_size(output)
     dark = []
     reasons = Counter()
     written = list(dataReader.in_threads(crop, list(photos), "cropping", threads, reasons))
@@ -365,7 +429,8 @@ def main():
         demo_photos.mkdir(parents=True, exist_ok=True)
         with dataReader.locked(demo_photos):
             make_demo_photos(demo_photos, options.threads)
-    is_empty = not source.exists() or source.is_dir() and not any(source.iterdir())
+    is_empty = not source.exists() or source.is_dir() and all(
+        entry.name.startswith(".") for entry in os.scandir(source))
     if is_empty and Path(f"{source}.zip").is_file():
         source = Path(f"{source}.zip")
     dataReader.check_outside(target, source)
