@@ -228,7 +228,7 @@ def try_gpu():
 
 
 def device_name():
-    """The device in use, e.g. "NVIDIA A100 (compute capability 8.0)" or "CPU, OMP_NUM_THREADS 2"."""
+    """The device in use: "NVIDIA A100 (compute capability 8.0)" or "CPU, OMP_NUM_THREADS 2"."""
     if paddle.get_device() == "cpu":
         return f"CPU, OMP_NUM_THREADS {os.environ['OMP_NUM_THREADS']}"
     major, minor = paddle.device.cuda.get_device_capability()

@@ -117,7 +117,8 @@ def test_what_cannot_be_meant_is_one_line(options, capsys, name, line, words):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--width", "0"], ["--width", "0", "at least 1"]), (["--width", "2.6"], ["--width", "2.6"]),
-    (["--width=-inf"], ["--width", "-inf"]), (["--width", "many"], ["--width", "many"]), (["--rate", "nan"], ["--rate", "nan"]),
+    (["--width=-inf"], ["--width", "-inf"]),
+    (["--width", "many"], ["--width", "many"]), (["--rate", "nan"], ["--rate", "nan"]),
     (["--rate", "0"], ["--rate", "at least 1e-08"]), (["--size", "48"], ["--size", "32, 64"]),
     (["--noise", "odd"], ["--noise", "normal, uniform"]), (["--folder", ""], ["--folder", "path"]),
     (["--flip", "no"], ["no"]), (["--above", "3"], ["--above"]), (["--below", "3"], ["--below"]),
