@@ -377,6 +377,7 @@ def in_threads(function, items, title, threads, reasons=None):
     bar = tqdm(total=len(items), desc=title, unit="img")
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, bar:
         warnings.showwarning = show_warning
+        warnings.simplefilter("always", UserWarning)  # not of equal ones the first file's only
         try:
             # a thousand at a time, so that few results wait for their turn
             for start in range(0, len(items), 1000):
@@ -389,10 +390,12 @@ def in_threads(function, items, title, threads, reasons=None):
                     elif isinstance(error, Problem):
                         raise error
                     elif isinstance(error, MemoryError):
-                        raise Problem(f"memory ran out at {item}: end other programs") from error
+                        raise Problem(f"memory ran out at {item}: end other programs, or move that"
+                                      " file elsewhere") from error
                     else:
-                        reason = getattr(error, "strerror", None) or str(error)
-                        say(f"skipped {item}: {reason or type(error).__name__}")
+                        text = getattr(error, "strerror", None) or str(error)
+                        reason = text or type(error).__name__
+                        say(f"skipped {item}: {reason}")
                         if reasons is not None:  # counted without what differs
                             reasons[re.split(r" \(| '| for file|: ", reason)[0]] += 1
                     bar.update()
@@ -433,10 +436,11 @@ def list_files(folder):
 
 
 # What cameras, phones, scanners, the web and games make. Pillow knows more: PostScript, for which
-# it starts Ghostscript, which runs it.
+# it starts Ghostscript, which runs it; ICO, whose images it decodes before their size can be asked.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "HEIF", "AVIF", "JPEG2000", "PPM",
-           "PSD", "DDS", "QOI", "ICO", "PCX", "TGA")
-LARGE = 2**25  # pixels of an image that is decoded while no other large one is
+           "PSD", "DDS", "QOI", "PCX", "TGA")
+LARGE = 2**25  # pixels of an image that is decoded while no other large one is, at most
+BYTES_PER_PIXEL = 16  # at most, while an image is decoded and converted
 one_large_image = threading.Lock()
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # by EXIF orientation
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -460,14 +464,14 @@ def formats():
 
 @functools.cache
 def most_pixels():
-    """Of the largest image that is decoded; with 16 bytes each they fill half of the memory."""
+    """Of the largest image that is decoded; they fill half of the memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]  # -1: none
     for name in "memory.max", "memory/memory.limit_in_bytes":  # a container's
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
     memory = min([memory, *(limit for limit in limits if limit > 0)])
-    return min(memory // 32, 2**29)  # Pillow's rows cannot be longer
+    return min(memory // 2 // BYTES_PER_PIXEL, 2**29)  # Pillow's rows cannot be longer
 
 
 def read_image(source):
@@ -492,7 +496,8 @@ def read_image(source):
         if isinstance(hidden, tuple) and "RGB;16B" in str(image.tile):
             # a colour of 16 bits, but Pillow keeps 8 of the image's
             image.info["transparency"] = tuple(level >> 8 for level in hidden)
-        with one_large_image if pixels > LARGE else contextlib.nullcontext():
+        is_large = pixels > min(LARGE, most_pixels() // 8)
+        with one_large_image if is_large else contextlib.nullcontext():
             image.load()
             return to_rgb(image)
 
@@ -554,7 +559,7 @@ def to_8_bits(image):
     """
     levels = np.asarray(image)
     finite = levels[np.isfinite(levels)]
-    low = min(0, finite.min(initial=0))
+    low = float(finite.min(initial=0))
     high = finite.max(initial=0)
     is_float = levels.dtype.kind == "f"
     ranges = (1, 255, 65535) if is_float else (255, 1023, 4095, 65535)
@@ -662,12 +667,7 @@ class FaceReader:
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.rank, self.world_size = rank, world_size
         self.epoch_at_hand = None  # whose order is kept, since to draw it takes a while
-        path = packed(Path(data_path), image_size)
-        self.digest = path.stem.split("-")[-1]
-        try:
-            self.images = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise Problem(f"{path} is damaged: remove it, it will be made again") from error
+        self.images, self.digest = packed(Path(data_path), image_size)
         if len(self) == 0:
             number, most = len(self.images), max(1, len(self.images) // world_size)
             raise Problem(f"{data_path} has {number} images, too few for a batch of {batch_size}"
@@ -705,11 +705,11 @@ class FaceReader:
 
 
 def packed(folder, size):
-    """Decode all images of a folder into one `.npy` in it, if that has not been done; its path.
+    """Decode all images of a folder into one `.npy` in it, unless it is there: → it and its digest.
 
     The name is `.faces-SIZE-STATE-DIGEST.npy`: STATE is a digest of the files' names, sizes and
     times, so that a change is noticed and all are packed anew, DIGEST is that of the pixels. Raises
-    a Problem if there is no such folder or no image in it, or the file cannot be written.
+    a Problem if there is no folder or no image in it, or the file is damaged or cannot be written.
     """
     if not folder.is_dir():
         raise no_images(folder)
@@ -726,7 +726,11 @@ def packed(folder, size):
         if not list(folder.glob(f"{prefix}-*.npy")):
             remove_packed(folder, size)
             pack(folder, files, size, prefix)
-        return next(folder.glob(f"{prefix}-*.npy"))
+        path = next(folder.glob(f"{prefix}-*.npy"))
+        try:  # here, as another process that gets the lock may remove it
+            return np.load(path, mmap_mode="r"), path.stem.split("-")[-1]
+        except (ValueError, EOFError) as error:
+            raise Problem(f"{path} is damaged: remove it, it will be made again") from error
 
 
 def remove_packed(folder, size):
@@ -762,8 +766,8 @@ def pack(folder, files, size, prefix):
     dark = []
     reasons = Counter()
     digest = hashlib.sha1(usedforsecurity=False)
-    whole = folder / f"{prefix}.npy"  # gets its final name when the digest is known
-    with replacing(whole) as file:
+    unnamed = folder / f"{prefix}.npy"  # gets its final name when the digest is known
+    with replacing(unnamed) as file:
         write_header(0)
         paths = [f"{folder}/{name}" for name in files]
         for image in in_threads(decode, paths, f"packing {folder}", THREADS, reasons):
@@ -775,7 +779,7 @@ def pack(folder, files, size, prefix):
         file.seek(0)
         write_header(count)
     name_nearly_black(dark)
-    whole.rename(folder / f"{prefix}-{digest.hexdigest()}.npy")
+    unnamed.rename(folder / f"{prefix}-{digest.hexdigest()}.npy")
 
 
 def check_outside(folder, data):

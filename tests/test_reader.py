@@ -14,6 +14,7 @@ from dataReader import (
 )
 
 import errno
+import fcntl
 import inspect
 import io
 import os
@@ -21,9 +22,11 @@ import re
 import shutil
 import struct
 import sys
+import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -301,8 +304,10 @@ def test_links_in_the_folder(folder, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     photo(16, 16, 200).save(tmp_path / "other" / "10.png")
     (folder / "linked.png").symlink_to(tmp_path / "other" / "10.png")
-    assert len(FaceReader(folder, 16, 1, seed=0).images) == 11
-    assert "skipped" in capsys.readouterr().err
+    images = FaceReader(folder, 16, 1, seed=0).images
+    assert sorted(images[:, 2, 0, 0] // 20) == list(range(11))
+    assert [line for line in capsys.readouterr().err.splitlines() if "skipped" in line] == [
+        f"skipped {folder}/gone.png: No such file or directory"]
 
 
 def test_only_regular_files_are_read_and_what_cannot_be_read_is_named(folder, tmp_path, capsys):
@@ -456,6 +461,10 @@ def test_metadata_decides_nothing_but_the_orientation(tmp_path):
                                       0x011a, 10, 1, 38, 0, -1, 1)
     photo().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), photo())
+    photo().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif,
+                                                      quality=95)
+    difference = np.asarray(read_image(tmp_path / "turned.jpg")).astype(int) - np.asarray(photo())
+    assert abs(difference).max() < 10
     photo().save(tmp_path / "damaged.png", exif=b"Exif\0\0damaged")
     np.testing.assert_array_equal(read_image(tmp_path / "damaged.png"), photo())
 
@@ -467,33 +476,63 @@ def test_too_large_an_image_is_left_out_by_name_before_it_is_decoded(folder, cap
                      r" \(\d+ megapixels at most\)", capsys.readouterr().err)
 
 
-def test_limit_of_pixels_goes_by_the_memory(monkeypatch):
-    assert 2**27 < dataReader.most_pixels.__wrapped__() <= 2**29  # of a 200-megapixel phone: 4 GiB
-    monkeypatch.setattr("resource.getrlimit", lambda _: (3_200_000_000, -1))
-    assert dataReader.most_pixels.__wrapped__() == 100_000_000
-    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "1600000000\n")  # a container's
-    assert dataReader.most_pixels.__wrapped__() == 50_000_000
+@pytest.mark.parametrize(("memory", "address_space", "container", "megapixels"), [
+    (2**33, -1, "max", 2**28 // 10**6),  # of a 200-megapixel phone: 8 GB
+    (2**40, -1, "max", 2**29 // 10**6),
+    (2**33, 3_200_000_000, "max", 100),
+    (2**33, -1, "1600000000", 50),
+])
+def test_limit_of_pixels_goes_by_the_memory(
+        memory, address_space, container, megapixels, monkeypatch):
+    sizes = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("os.sysconf", sizes.get)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (address_space, -1))
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: f"{container}\n")
+    assert dataReader.most_pixels.__wrapped__() // 10**6 == megapixels
 
 
-def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
+@pytest.mark.parametrize(("large", "memory", "expected"), [
+    (2**25, 2**28, 4), (16 * 16 - 1, 2**28, 1), (2**25, 8 * 16 * 16 - 1, 1)])
+def test_large_images_are_decoded_one_at_a_time(folder, large, memory, expected, monkeypatch):
     at_work = []
     most = []
+    meeting = threading.Barrier(expected)
 
     def to_rgb(image):
         at_work.append(image)
-        time.sleep(0.02)
+        meeting.wait(timeout=60)
+        time.sleep(0.01)
         most.append(len(at_work))
+        meeting.wait(timeout=60)
         at_work.pop()
         return photo(16, 16)
 
     monkeypatch.setattr("dataReader.to_rgb", to_rgb)
     monkeypatch.setattr("dataReader.THREADS", 4)
-    for large, expected in (2**25, 4), (16 * 16 - 1, 1):
-        monkeypatch.setattr("dataReader.LARGE", large)
-        most.clear()
-        dataReader.pack(folder, [f"{k}.png" for k in range(7)], 16, f".faces-{large}")
-        assert max(most) == expected
+    monkeypatch.setattr("dataReader.LARGE", large)
+    monkeypatch.setattr("dataReader.most_pixels", lambda: memory)
+    files = [*(f"{k}.png" for k in range(7)), "more/7.png"]
+    dataReader.pack(folder, files, 16, ".faces")
+    assert max(most) == expected
+    assert len(most) == len(files)
+
+
+def test_an_icon_is_refused_before_its_image_is_decoded(tmp_path):
+    photo(64, 64).save(tmp_path / "favicon.ico")
+    with pytest.raises(ValueError, match="^cannot identify image file$"):
+        read_image(tmp_path / "favicon.ico")
+
+
+def test_packed_file_is_opened_while_no_other_process_may_remove_it(folder, monkeypatch):
+    def load(path, real=np.load, **flags):
+        descriptor = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        return real(path, **flags)
+
+    monkeypatch.setattr("numpy.load", load)
+    assert len(FaceReader(folder, 16, 1, seed=0).images) == 10
 
 
 def test_lack_of_memory_ends_packing_and_names_the_image(folder, monkeypatch):
@@ -503,7 +542,8 @@ def test_lack_of_memory_ends_packing_and_names_the_image(folder, monkeypatch):
         return real(path)
 
     monkeypatch.setattr("dataReader.read_image", read)
-    with pytest.raises(Problem, match=r"^memory ran out at \S*/5.png: end other programs$"):
+    with pytest.raises(Problem, match=r"^memory ran out at \S*/5.png: end other programs, or"
+                                      " move that file elsewhere$"):
         FaceReader(folder, 16, 1, seed=0)
     assert not list(folder.glob(".*"))
 
@@ -607,12 +647,24 @@ def test_colours_are_converted_to_srgb(tmp_path):
 
 def test_warnings_name_their_image(folder, capsys):
     def decode(path):
-        if path.endswith("5.png"):
+        if path.endswith(("5.png", "7.png")):
             warnings.warn("Corrupt EXIF data", stacklevel=1)
         return path
 
     before = warnings.showwarning
     paths = [f"{folder}/{number}.png" for number in range(10)]
     assert list(in_threads(decode, paths, "reading", 2)) == paths
-    assert f"{folder}/5.png: Corrupt EXIF data" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"{folder}/5.png: Corrupt EXIF data" in printed
+    assert f"{folder}/7.png: Corrupt EXIF data" in printed
     assert warnings.showwarning is before
+
+
+def test_an_error_without_a_text_is_counted_by_its_kind(capsys):
+    def decode(path):
+        raise EOFError
+
+    reasons = Counter()
+    assert not list(in_threads(decode, ["a.png", "b.png"], "reading", 1, reasons))
+    assert "skipped a.png: EOFError" in capsys.readouterr().err
+    assert reasons == {"EOFError": 2}
