@@ -551,16 +551,16 @@ def test_full_disk_while_packing(tmp_path, demo):
 def test_full_disk_while_cropping(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(5):
-        photo(mark=number).save(tmp_path / "in" / f"{number}.png")
+        photo(mark=number).save(tmp_path / "in" / f"{number}.jpg", "PNG")
 
     def tiny_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 
-    (tmp_path / "in" / "4.png").rename(tmp_path / "4.png")
+    (tmp_path / "in" / "4.jpg").rename(tmp_path / "4.jpg")
     run(tmp_path, "pretreat.py", "--input", "in")
     for number in range(3):
         (tmp_path / "imgs" / f"{number}.png").unlink()
-    (tmp_path / "4.png").rename(tmp_path / "in" / "4.png")
+    (tmp_path / "4.jpg").rename(tmp_path / "in" / "4.jpg")
     line = complaint(tmp_path, "pretreat.py", "--input", "in", preexec_fn=tiny_disk)
     assert "cannot write imgs/" in line
     assert [path.name for path in (tmp_path / "imgs").iterdir()] == ["3.png"]

@@ -1,6 +1,6 @@
 """pretreat.py: photos become correct upright RGB crops, and no bad file stops the others."""
 
-from dataReader import Problem
+from dataReader import Problem, save_png
 from pretreat import crop_all, crop_face, find_photos
 
 import io
@@ -198,18 +198,19 @@ def test_bad_files_are_named_and_left_out(tmp_path, photos):
     assert len(crops(tmp_path / "imgs")) == 4
 
 
-def test_damage_inside_a_zip_is_named_and_left_out(tmp_path, photos):
+@pytest.mark.parametrize("place", [2000, 2])  # in the photo, in what says where it begins
+def test_damage_inside_a_zip_is_named_and_left_out(tmp_path, photos, place, capsys):
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        for item in photos.iterdir():
-            archive.write(item, item.name)
-        info = archive.getinfo("000003.jpg")
+        for number in range(4):
+            archive.write(photos / f"{number:06d}.jpg", f"{number:06d}.jpg")
     damaged = bytearray(path.read_bytes())
-    damaged[info.header_offset + 2000] ^= 255
+    damaged[place] ^= 255  # of the first
     path.write_bytes(damaged)
-    printed = run(tmp_path, "pretreat.py", "--input", path)
-    assert "imgs: 3 written, 0 already there, 1 skipped" in printed
-    assert "skipped 000003.jpg: Bad CRC-32" in printed
+    crop_folder(path, tmp_path / "imgs")
+    out, err = capsys.readouterr()
+    assert "imgs: 3 written, 0 already there, 1 skipped" in out
+    assert re.search("skipped 000000.jpg: Bad (CRC-32|magic number)", err)
 
 
 def test_photos_of_one_name_all_survive(tmp_path):
@@ -382,8 +383,15 @@ def zeros(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def hole(path):
+    data = bytearray(path.read_bytes())
+    third = len(data) // 3
+    data[third:2 * third] = bytes(third)
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("find_faces", [False, True])
-@pytest.mark.parametrize("damage", [cut, zeros, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [cut, zeros, hole, lambda path: path.write_bytes(b"")])
 def test_damaged_crops_are_made_again(one, damage, find_faces, monkeypatch):
     monkeypatch.setattr("pretreat.cut_faces", lambda photo, size: [crop_face(photo, size)] * 2)
     if find_faces:
@@ -396,16 +404,42 @@ def test_damaged_crops_are_made_again(one, damage, find_faces, monkeypatch):
         damage(damaged)
 
 
-def test_images_of_the_users_in_the_output_are_not_written_over(tmp_path):
+@pytest.mark.parametrize("content", ["", "Canon EOS", " ", "64 ", "notes"])
+def test_files_of_the_users_in_the_output_are_not_written_over(tmp_path, content):
     for folder in "in", "imgs":
         (tmp_path / folder).mkdir()
     photo().save(tmp_path / "in" / "1.jpg")
-    photo(64, 64, 200).save(tmp_path / "imgs" / "1.png")
-    before = (tmp_path / "imgs" / "1.png").read_bytes()
+    users = tmp_path / "imgs" / "1.png"
+    if content == "notes":
+        users.write_text("see notes")  # as short as what a full disk leaves
+    else:
+        save_png(users, photo(64, 64, 200), origin=content)
+    before = users.read_bytes()
     for _ in range(2):
         crop_folder(tmp_path / "in", tmp_path / "imgs")
-        assert (tmp_path / "imgs" / "1.png").read_bytes() == before
-        assert len(crops(tmp_path / "imgs")) == 2
+        assert users.read_bytes() == before
+        assert len(list((tmp_path / "imgs").iterdir())) == 2
+
+
+def test_crops_of_another_size_are_noticed_whatever_their_names(one):
+    (one / "mine" / "IMG_1.png").rename(one / "mine" / "IMG_9.png")
+    photo(10, 10).save(one / "mine" / "0.png")  # the user's own
+    with pytest.raises(Problem, match=r"mine holds crops of 64×64, not 32×32: pass another"):
+        crop_all(find_photos(one / "a"), one / "mine", 32, 2)
+    assert {path.name for path in (one / "mine").iterdir()} == {"0.png", "IMG_9.png"}
+
+
+def test_a_disk_that_is_full_takes_no_crop_away(one, monkeypatch):
+    photo(mark=150).save(one / "a" / "IMG_1.jpg", quality=95)
+    os.utime(one / "a" / "IMG_1.jpg", ns=(0, 1))
+
+    def save_png(*_, **__):
+        raise Problem("cannot write")
+
+    monkeypatch.setattr("dataReader.save_png", save_png)
+    with pytest.raises(Problem, match="cannot write"):
+        crop_folder(one / "a", one / "mine")
+    assert blues(one / "mine") == [50]
 
 
 def test_faces_of_a_photo_that_was_replaced_are_too(one, monkeypatch):
@@ -451,7 +485,7 @@ def test_a_strip_takes_little_memory(size):
 
 def test_a_zip_that_python_cannot_read_says_to_unpack_it(tmp_path):
     path = tmp_path / "photos.zip"
-    for damage in "Deflate64", "names":
+    for damage in "Deflate64", "encrypted", "names":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("照.jpg", b"")
             info = archive.getinfo("照.jpg")
@@ -459,6 +493,9 @@ def test_a_zip_that_python_cannot_read_says_to_unpack_it(tmp_path):
         central = data.index(b"PK\1\2")
         if damage == "Deflate64":
             data[info.header_offset + 8] = data[central + 10] = 9
+        elif damage == "encrypted":
+            data[info.header_offset + 6] |= 1
+            data[central + 8] |= 1
         else:  # GBK, but flagged as UTF-8
             data = data.replace("照".encode(), "照".encode("gbk") + b"x")
         path.write_bytes(data)
@@ -468,6 +505,7 @@ def test_a_zip_that_python_cannot_read_says_to_unpack_it(tmp_path):
 
 def test_empty_folder_beside_the_zip_does_not_hide_it(tmp_path):
     (tmp_path / "img_align_celeba").mkdir()
+    (tmp_path / "img_align_celeba" / ".DS_Store").touch()  # as a Mac leaves it
     with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
         file = io.BytesIO()
         photo().save(file, "JPEG")
