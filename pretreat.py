@@ -134,8 +134,8 @@ def cut_square(pixels, x, y, side, angle):
     return upright.crop((margin, margin, upright.width - margin, upright.height - margin))
 
 
-LEAST_SIDE = 0.87  # of a crop in the photo, in sides of the finished crop: none is enlarged more
-SAME_FACE = 0.345  # two middles nearer than so many sides of a crop, across and down, are one face
+LEAST_SIDE = 0.87  # of a face's square in the photo, in sides of the crop it is resized to
+SAME_FACE = 0.345  # middles nearer than this, across and down, in sides of the square, are one face
 
 
 def cut_faces(photo, size):
@@ -226,20 +226,18 @@ def photos_of_zip(source):
         raise unreadable_zip(source, error) from error
     files = {file.filename: file for file in archive.infolist()  # the last of one name
              if not file.is_dir() and not re.match(r"__MACOSX/|\.|.*/\.", file.filename)}
-    for file in list(files.values())[:1]:  # the others will be like it
-        if file.flag_bits & 1:
-            raise unreadable_zip(source, "it is encrypted")
-        if file.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2,
-                                      zipfile.ZIP_LZMA):
-            raise unreadable_zip(source, f"compression method {file.compress_type}")
+    known = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA
+    readable = [file.compress_type in known and not file.flag_bits & 1 for file in files.values()]
+    if files and not any(readable):
+        raise unreadable_zip(source, "it is encrypted, or compressed in an unusual way")
     # CelebA's, as most, has all in one folder, which is then the input, as if unpacked
     tops = {path.partition("/")[0] for path in files}
     home = f"{tops.pop()}/" if len(tops) == 1 else ""
     photos = {}
-    whole_source = str(source.resolve())
+    archive_path = str(source.resolve())
     for path, file in files.items():
         state = f"{file.file_size}-{file.CRC:08x}"
-        photos[path] = photo_at(whole_source, path.removeprefix(home),
+        photos[path] = photo_at(archive_path, path.removeprefix(home),
                                 functools.partial(archive.open, file), state)
     return photos
 
@@ -279,8 +277,7 @@ def origin_of(crop):
 
 def is_of_another(photo, origin):
     """Whether a crop of this `origin_of` is not the Photo's: another's, or a file of the user's."""
-    is_damaged = origin is None
-    return not is_damaged and photo.origin not in origin
+    return origin is not None and photo.origin not in origin  # None: who knows, it is damaged
 
 
 def shows(file, image):
