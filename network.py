@@ -422,25 +422,26 @@ def run_onednn(target, images, kernels, outputs, stride, padding):
     # Paddle keeps what oneDNN compiles by the names of images and kernels and by the shape of the
     # images: the rest of what it depends on must be in a name.
     kernels_name = f"kernels {kernels.shape} {stride} {padding}"
-    variables, operators = onednn_operators(target, kernels_name, stride, padding)
+    scope, variables, operators = onednn_operators(target, kernels_name, stride, padding)
     given = {"images": images, kernels_name: kernels}
     if outputs is not None:
         given["outputs"] = outputs
     for name, tensor in given.items():
-        variables.var(name).get_tensor()._share_data_with(tensor.contiguous().get_tensor())
+        ordered = tensor.contiguous()  # named, so that a copy lives until it is shared
+        variables[name]._share_data_with(ordered.get_tensor())
     for operator in operators:
-        operator.run(variables, core.CPUPlace())
+        operator.run(scope, core.CPUPlace())
     result = paddle.zeros([1])  # paddle.Tensor(variable) leaks on 3.3
-    result.get_tensor()._share_data_with(variables.var("ordered").get_tensor())
-    for name in *given, "blocked", "ordered":  # or they would hold memory until the next call
-        variables.var(name).get_tensor()._clear()
-    variables.drop_kids()  # Paddle's own copies of what it has ordered
+    result.get_tensor()._share_data_with(variables["ordered"])
+    for variable in variables.values():  # or they would hold memory until the next call
+        variable._clear()
+    scope.drop_kids()  # Paddle's own copies of what it has ordered
     return result
 
 
 @functools.cache  # making them takes as long as a small convolution
 def onednn_operators(target, kernels, stride, padding):
-    """The variables, and Paddle's two operators that work on them for a target and layer."""
+    """Paddle's operators for a target and layer: (scope, its variables by name, operators)."""
     program = core.ProgramDesc()  # which owns the block
     block = program.block(0)
     convolve = block.append_op()
@@ -467,10 +468,10 @@ def onednn_operators(target, kernels, stride, padding):
         # without this the variables are looked up by their names in each run, 0.1 ms in all
         description._set_attr("@ENABLE_CACHE_RUNTIME_CONTEXT@", True)
         operators.append(core.Operator.create(description.serialize_to_string()))
-    variables = core.Scope()
-    for name in "images", kernels, "outputs", "blocked", "ordered":
-        variables.var(name).get_tensor()  # makes a tensor of it
-    return variables, operators
+    scope = core.Scope()
+    names = "images", kernels, "outputs", "blocked", "ordered"
+    variables = {name: scope.var(name).get_tensor() for name in names}
+    return scope, variables, operators
 
 
 @functools.cache
