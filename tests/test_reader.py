@@ -312,9 +312,13 @@ def test_links_in_the_folder(folder, tmp_path, capsys):
 
 def test_only_regular_files_are_read_and_what_cannot_be_read_is_named(folder, tmp_path, capsys):
     os.mkfifo(folder / "pipe.png")
+    # a reader of it would wait for ever: so that the test fails then, and does not hang
+    writer = threading.Timer(10, lambda: os.close(os.open(folder / "pipe.png", os.O_RDWR)))
+    writer.start()
     (folder / "null.png").symlink_to("/dev/zero")
     (folder / "self.png").symlink_to("self.png")
     assert len(FaceReader(folder, 16, 1, seed=0).images) == 10
+    writer.cancel()
     printed = capsys.readouterr().err
     for name, why in [("pipe", "not a regular file"), ("null", "not a regular file"),
                       ("self", "Too many levels of symbolic links")]:
