@@ -105,9 +105,9 @@ class State:
     discriminator_optimizer: paddle.optimizer.Adam
     scaler: paddle.amp.GradScaler  # does nothing unless training in float16
     settings: dict = dataclasses.field(default_factory=dict)  # that must not change unnoticed
-    batches: int = 1        # an epoch
+    batches: int = 1        # per epoch
     step: int = 0           # iterations done
-    origin: tuple = (0, 0)  # (iterations, epochs) that were done before an epoch had `batches`
+    origin: tuple = (0, 0)  # (iterations, epochs) done when an epoch began to have `batches`
     grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0100"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
@@ -262,7 +262,7 @@ def check_same(value, what):
 def set_up(options):
     """Return (this process's FaceReader, type of mixed precision); all processes have joined then.
 
-    The images are packed before, since who waits for the others gives up after 15 minutes.
+    The images are packed before joining: a process that waits to join gives up after 15 minutes.
     """
     if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
@@ -315,8 +315,8 @@ def code_digest():
 def output_folder(options):
     """Make the output folder and keep other runs out of it meanwhile; yields its Path.
 
-    An earlier run's files, and none but those, are moved aside with --restart, and if they cannot
-    be gone on from.
+    An earlier run's files, and none but those, are moved aside with --restart, or if there is no
+    checkpoint to go on from.
     """
     folder = Path(options.output_path)
     if not is_main():
@@ -341,7 +341,8 @@ def output_folder(options):
 def tensors_by_name(state):
     """All tensors of a State: `G.layers.3.weight`, `D.layers.0.weight.moment1`, and so on.
 
-    Those of Adam are there from its first step on; Paddle makes up other names in each process.
+    Adam's are there from its first step on. Paddle's own names carry counters, which differ from
+    process to process, so they cannot be used in a file.
     """
     tensors = {}
     for prefix, net, optimizer in (
@@ -473,9 +474,10 @@ def cut_table(path, step):
 
 
 def d_has_won(history, new):
-    """Whether D_WON_AFTER iterations in vain, or twice as many, ..., were full in the last `new`.
+    """Whether D_WON_AFTER iterations in a row, or twice as many, ..., were in vain for G.
 
-    In vain for G: no generated image was taken for real, not even by a hundredth.
+    In vain: the batch's mean D(G(z)) was below 0.01. It is said once, when the count passes a
+    multiple of D_WON_AFTER within the last `new` iterations.
     """
     fooled = np.flatnonzero(np.frombuffer(history, np.float32)[6::7] >= 0.01)
     total = len(history) // 7
@@ -484,7 +486,7 @@ def d_has_won(history, new):
 
 
 def log(folder, history, pending, state):
-    """Write what is pending to losses.csv and `history`, and judge it; return the last values.
+    """Write what is pending to losses.csv and `history`, warn if D has won; return the last.
 
     `pending` has values of `iterate` by (step, epoch, batch). Raises a Problem if one is not
     finite; the rows before it have been written then, and drawn.
@@ -546,9 +548,10 @@ def draw_training_images(path, reader, augment):
 
 
 def draw_curves(path, history):
-    """Draw losses.png: both losses, D(x) and D(G(z)); strong their means over a fiftieth (§5).
+    """Draw losses.png: both losses, D(x) and D(G(z)) (§5).
 
-    Of a long run the ranges and means of a thousand stretches are drawn.
+    Thin: each iteration; bold: the running mean over a fiftieth of the run; shaded: lowest to
+    highest. Of a long run a thousand stretches are drawn in place of iterations.
     """
     if not history:
         return
@@ -704,8 +707,8 @@ def train_until(total, folder, state, reader, options, amp, history, signals):
     """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
     images_per_step = options.batch_size * reader.world_size
     pending = {}  # values of `iterate` by (step, epoch, batch), until the next log
-    next_save = 0.0  # the first log saves
-    if state.step >= total:  # the last process may have been killed while it wrote these
+    next_save = 0.0  # at once: the first log saves
+    if state.step >= total:  # an earlier run may have been killed before it wrote them
         write_results(folder, state, history)
         attempt(draw_progress, folder / "progress.gif", state)
     with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
