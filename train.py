@@ -1,7 +1,7 @@
 """Train the DCGAN (tutorial §4 and §5).
 
     python train.py                                   # CelebA's crops in imgs/, on the GPU
-    python train.py --data_path demo/imgs --output_path demo/Output --width 16 --batch_size 16
+    python train.py --demo                            # a small network, on the demo's crops
     python train.py --data_path photos --output_path Output/photos --save_minutes 1
     python train.py --restart                         # not go on with the run in Output/
     python train.py --change --learning_rate 0.0001   # go on with it, but with another rate
@@ -518,7 +518,8 @@ def log(folder, history, pending, state):
 
 def advice(state):
     """What helps when a run goes wrong, in flags that it can go on with."""
-    rate, g_steps = state.settings["learning_rate"] / 2, state.settings["g_steps"] + 1
+    rate = state.settings["learning_rate"] / 2
+    g_steps = state.settings["g_steps"] + 1
     return ("from the last checkpoint go on with the same command (without --restart) and --change"
             f" --learning_rate {rate:g}, or --change --g_steps {g_steps}, which usually helps")
 
