@@ -101,46 +101,52 @@ class State:
     generator: network.Generator
     discriminator: network.Discriminator
     average: network.Generator  # its weights are means of the generator's; it draws the faces
-    generator_optimizer: paddle.optimizer.Adam
-    discriminator_optimizer: paddle.optimizer.Adam
+    generator_optimizer: paddle.optimizer.Optimizer
+    discriminator_optimizer: paddle.optimizer.Optimizer
     scaler: paddle.amp.GradScaler  # does nothing unless training in float16
+    amp: str                # "bfloat16" or "float16" for mixed precision, or "float32"
     settings: dict = dataclasses.field(default_factory=dict)  # that must not change unnoticed
     batches: int = 1        # per epoch
     step: int = 0           # iterations done
-    origin: tuple = (0, 0)  # (iterations, epochs) done when an epoch began to have `batches`
+    origin: tuple = (0, 0)  # step and epoch at which the present number of batches per epoch began
     grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0100"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
-    def place(self):
+    def next_batch(self):
         """(epoch, batch) of the next iteration, both from 0."""
         epoch, batch = divmod(self.step - self.origin[0], self.batches)
         return self.origin[1] + epoch, batch
 
 
 def build(options, amp):
-    """Make the State that training begins with, from the seed; `amp` is as in `iterate`."""
+    """Make the State that training begins with, from the seed; `amp` is as in a State."""
+    def optimizer_of(net):  # may be another one: whatever it keeps is in the checkpoint
+        return paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
+                                     parameters=[net.vector])
+
     paddle.seed(options.seed)
     generator = network.Generator(options.z_dim, options.image_size, options.width)
     discriminator = network.Discriminator(options.image_size, options.width)
     average = network.Generator(options.z_dim, options.image_size, options.width)
     average.eval()
+    for net in (generator, discriminator, average):
+        network.join_weights(net)
     network.average_weights(average, generator, 0)
-    optimizers = [
-        paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
-                              parameters=net.parameters())
-        for net in (generator, discriminator)]
-    return State(generator, discriminator, average, *optimizers,
-                 paddle.amp.GradScaler(amp == "float16"))
+    return State(generator, discriminator, average, optimizer_of(generator),
+                 optimizer_of(discriminator), paddle.amp.GradScaler(amp == "float16"), amp)
 
 
 def descend(loss, net, optimizer, scaler):
     """One optimizer step of a network down the gradient of a loss, a 0-D tensor."""
     scaler.scale(loss).backward()
+    gradient = network.take_gradient(net)
     if dist.get_world_size() > 1:  # their mean, before the scaler looks for an overflow
-        dist.fleet.utils.hybrid_parallel_util.fused_allreduce_gradients(net.parameters(), None)
+        dist.all_reduce(gradient)
+        gradient.scale_(1 / dist.get_world_size())
+    net.vector.grad = gradient
     scaler.step(optimizer)
     scaler.update()
-    optimizer.clear_grad(False)  # frees them; True would fill them with zeros
+    optimizer.clear_grad(False)  # frees it; True would fill it with zeros
 
 
 def d_step(D, optimizer, scaler, real, fake):
@@ -163,18 +169,17 @@ def g_step(G, D, optimizer, scaler, fake):
 
     `fake` are images `[N, 3, S, S]` with the way back to G's parameters; D's are frozen meanwhile.
     """
-    weights = network.weights(D)
-    for weight in weights:
+    for weight in D.weights:
         weight.stop_gradient = True
     g_loss = network.loss(D(fake), 1)
     descend(g_loss, G, optimizer, scaler)
-    for weight in weights:
+    for weight in D.weights:
         weight.stop_gradient = False
     return g_loss.detach()
 
 
-def iterate(state, images, z, numbers, d_steps, amp=None):
-    """One iteration: `d_steps` discriminator steps, then generator steps (§4).
+def iterate(state, images, z, draws, d_steps, g_steps):
+    """One iteration: `d_steps` discriminator steps, then `g_steps` generator steps (§4).
 
     The first generator step is on the images that the last discriminator step saw, which saves
     making them again; D has changed since, so its verdict on them is new.
@@ -183,52 +188,60 @@ def iterate(state, images, z, numbers, d_steps, amp=None):
         state: a State, whose networks and optimizers are changed.
         images: uint8 tensor `[N, 3, S, S]`.
         z: latent vectors, a tensor `[d_steps + g_steps - 1, N, z_dim]`.
-        numbers: of `network.augment`, a tensor `[2·d_steps + g_steps, N, 7]`, or None.
-        amp: "bfloat16" or "float16" for mixed precision, None for float32.
+        draws: of `network.augment`, a tensor `[2·d_steps + g_steps, N, 7]`, or None.
 
     Returns:
         Tensor `[4]`, on the device: D's loss, G's loss, D(x), D(G(z)) of each network's last step.
     """
     G, D, scaler = state.generator, state.discriminator, state.scaler
-    numbers_left = itertools.repeat(None) if numbers is None else iter(numbers)
+    draws_left = itertools.repeat(None) if draws is None else iter(draws)
 
-    def varied(images):
-        return network.augment(images, next(numbers_left))
+    def varied(images):  # by the next draws, so the order of the calls counts
+        return network.augment(images, next(draws_left))
 
     real = images.astype("float32") / 127.5 - 1
-    # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
-    with paddle.amp.auto_cast(amp is not None, {"conv2d_transpose"}, dtype=amp or "float16"):
+    with mixed_precision(state.amp):
         for turn in range(d_steps):
             fake = G(z[turn])
             d_loss, d_real, d_fake = d_step(
                 D, state.discriminator_optimizer, scaler, varied(real), varied(fake))
         g_loss = g_step(G, D, state.generator_optimizer, scaler, varied(fake))
-        for turn in range(d_steps, len(z)):
+        for turn in range(d_steps, d_steps + g_steps - 1):
             fake = G(z[turn])
             g_loss = g_step(G, D, state.generator_optimizer, scaler, varied(fake))
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
 
 
-def random_numbers(options, step, rank):
-    """All chance of iteration `step`, from 1: (latent vectors, numbers for augmentation or None).
+def mixed_precision(amp):
+    """The context to train in; `amp` is "bfloat16", "float16", or "float32" for none."""
+    if amp == "float32":
+        return contextlib.nullcontext()
+    # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
+    return paddle.amp.auto_cast(True, {"conv2d_transpose"}, dtype=amp)
 
-    float32 arrays as `iterate` takes them, drawn for process `rank` from keys, not from a state.
+
+def random_numbers(options, step, rank):
+    """All chance of iteration `step`, from 1: (latent vectors, draws for augmentation or None).
+
+    float32 arrays as `iterate` takes them, for process `rank`: made from keys, not from a state.
     """
     # a key's last number is not 0, or these would be faces of generator.py: see `latent`
     key = [options.seed, step, rank]
     z = [network.latent([*key, turn + 1], [options.batch_size, options.z_dim], options.noise)
          for turn in range(options.d_steps + options.g_steps - 1)]
-    numbers = None
+    draws = None
     if options.augment:
         shape = [2 * options.d_steps + options.g_steps, options.batch_size, 7]
-        numbers = network.latent([*key, 0, 1], shape, "uniform")
-    return np.stack(z), numbers
+        draws = network.latent([*key, 0, 1], shape, "uniform")
+    return np.stack(z), draws
 
 
 def to_device(array):
     """An array as a tensor; None stays None. A copy to a GPU is begun and not waited for."""
-    if array is None or paddle.get_device() == "cpu":
-        return None if array is None else paddle.to_tensor(array)
+    if array is None:
+        return None
+    if paddle.get_device() == "cpu":
+        return paddle.to_tensor(array)
     # Paddle keeps the page-locked memory until the copy has been done.
     return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
 
@@ -260,9 +273,10 @@ def check_same(value, what):
 
 
 def set_up(options):
-    """Return (this process's FaceReader, type of mixed precision); all processes have joined then.
+    """Choose the device, read the images and join the other processes.
 
-    The images are packed before joining: a process that waits to join gives up after 15 minutes.
+    Returns this process's FaceReader and the precision, as in a State. The images are packed before
+    joining: a process that waits in a call of Paddle's gives up after 15 minutes.
     """
     if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
@@ -277,8 +291,9 @@ def set_up(options):
                "the settings, the code, the images or the cards' types")
     if paddle.get_device() != "cpu":  # cuDNN's fastest algorithms, or those that repeat to the bit
         name = "FLAGS_cudnn_deterministic"
-        exact = options.deterministic or paddle.get_flags(name)[name]  # both at once is an error
-        paddle.set_flags({name: exact, "FLAGS_cudnn_exhaustive_search": not exact})
+        repeatable = options.deterministic or paddle.get_flags(name)[name]
+        # Paddle takes it for an error if both are set
+        paddle.set_flags({name: repeatable, "FLAGS_cudnn_exhaustive_search": not repeatable})
     return reader, amp
 
 
@@ -316,7 +331,7 @@ def output_folder(options):
     """Make the output folder and keep other runs out of it meanwhile; yields its Path.
 
     An earlier run's files, and none but those, are moved aside with --restart, or if there is no
-    checkpoint to go on from.
+    checkpoint among them to go on from.
     """
     folder = Path(options.output_path)
     if not is_main():
@@ -339,22 +354,22 @@ def output_folder(options):
 
 
 def tensors_by_name(state):
-    """All tensors of a State: `G.layers.3.weight`, `D.layers.0.weight.moment1`, and so on.
+    """All tensors of a State: `G.layers.3.weight`, `D_optimizer.moment1_0`, and so on.
 
-    Adam's are there from its first step on. Paddle's own names carry counters, which differ from
-    process to process, so they cannot be used in a file.
+    The optimizers' are there from their first step on. Paddle's own names have the vector's in
+    front, which carries a counter, so that it cannot be used in a file.
     """
     tensors = {}
+    for prefix, net in (("G", state.generator), ("D", state.discriminator),
+                        ("average", state.average)):
+        for name, tensor in net.state_dict().items():
+            tensors[f"{prefix}.{name}"] = tensor
     for prefix, net, optimizer in (
-            ("G", state.generator, state.generator_optimizer),
-            ("D", state.discriminator, state.discriminator_optimizer),
-            ("average", state.average, None)):
-        adam = optimizer.state_dict() if optimizer else {}
-        for name, weight in net.state_dict().items():
-            tensors[f"{prefix}.{name}"] = weight
-            for kind in "moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc":
-                if f"{weight.name}_{kind}_0" in adam:
-                    tensors[f"{prefix}.{name}.{kind}"] = adam[f"{weight.name}_{kind}_0"]
+            ("G_optimizer", state.generator, state.generator_optimizer),
+            ("D_optimizer", state.discriminator, state.discriminator_optimizer)):
+        for name, tensor in optimizer.state_dict().items():
+            own_name = name.removeprefix(f"{net.vector.name}_")
+            tensors[f"{prefix}.{own_name}"] = tensor
     return tensors
 
 
@@ -418,14 +433,8 @@ def load(path, state, change):
                 dist.broadcast(tensor, 0)
         return
     arrays, info = saved
-    for net, optimizer in ((state.generator, state.generator_optimizer),
-                           (state.discriminator, state.discriminator_optimizer)):
-        # A step with gradients of zero: Adam makes what it keeps, where it wants it. On a GPU
-        # set_state_dict puts the powers of beta on the card, which takes another kernel.
-        for weight in network.weights(net):
-            weight.grad = paddle.zeros_like(weight)
-        optimizer.step()
-        optimizer.clear_grad(False)
+    make_optimizer_state(state.generator, state.generator_optimizer)
+    make_optimizer_state(state.discriminator, state.discriminator_optimizer)
     tensors = tensors_by_name(state)
     weightInit.check_shapes(
         arrays, {name: tensor.shape for name, tensor in tensors.items()}, path)
@@ -433,20 +442,30 @@ def load(path, state, change):
         tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
     if info["scaler"]:
         state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
-    settings, batches = state.settings, state.batches
-    for name in REMEMBERED:
+    for name in "step", "origin", "grids", "changes":
         setattr(state, name, info[name])
-    epoch, batch = state.place()
-    if batches != state.batches:  # go on with the next epoch
-        state.origin = (state.step, epoch + 1 if batch else epoch)
-    state.settings, state.batches = settings, batches
+    if info["batches"] != state.batches:  # of an epoch: go on with a new one
+        start, epochs = state.origin
+        epochs_begun = -(-(state.step - start) // info["batches"])
+        state.origin = (state.step, epochs + epochs_begun)
+
+
+def make_optimizer_state(net, optimizer):
+    """One step with a gradient of zeros: the optimizer makes what it keeps, in the right places.
+
+    On a GPU Adam keeps the powers of beta on the CPU; set_state_dict would put them on the card,
+    where Adam takes another kernel.
+    """
+    net.vector.grad = paddle.zeros_like(net.vector)
+    optimizer.step()
+    optimizer.clear_grad(False)
 
 
 # --- losses.csv ----------------------------------------------------------------------------------
-D_WON_AFTER = 300  # iterations without a face that D takes for real
+D_WON_AFTER = 300  # iterations in which G gets nowhere
 
 
-def numbers_of(row):
+def read_row(row):
     """The seven numbers of a row of losses.csv, more columns left out; none if it is torn."""
     try:
         numbers = [float(cell) for cell in row.split(",")[:7]]
@@ -455,18 +474,18 @@ def numbers_of(row):
     return numbers if len(numbers) == 7 and row.endswith("\n") else []
 
 
-def cut_table(path, step):
-    """Rewrite losses.csv up to iteration `step`, since what came then will come again.
+def continue_table(path, step):
+    """Cut losses.csv at iteration `step`, since what came then will come again.
 
-    Returns `numbers_of` all rows, one after another: a long run's curves are drawn from memory.
+    Returns what is left, `read_row` of all rows one after another: the curves are drawn from it.
     """
-    history = array.array("f")
+    history = array.array("f")  # a long run's is large
     if is_main():
         with open(path if path.exists() else os.devnull, errors="replace") as old, \
                 dataReader.replacing(path) as new:
             new.write(b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n")
             for row in old:
-                numbers = numbers_of(row)
+                numbers = read_row(row)
                 if numbers and numbers[0] <= step:
                     new.write(",".join(row.strip().split(",")[:7]).encode() + b"\n")
                     history.extend(numbers)
@@ -474,10 +493,10 @@ def cut_table(path, step):
 
 
 def d_has_won(history, new):
-    """Whether D_WON_AFTER iterations in a row, or twice as many, ..., were in vain for G.
+    """Whether the last D_WON_AFTER iterations, or twice as many, ..., were all in vain for G.
 
-    In vain: the batch's mean D(G(z)) was below 0.01. It is said once, when the count passes a
-    multiple of D_WON_AFTER within the last `new` iterations.
+    In vain is one whose mean D(G(z)) is below 0.01. It is said once: when the number of such
+    iterations in a row passes a multiple of D_WON_AFTER among the last `new` iterations.
     """
     fooled = np.flatnonzero(np.frombuffer(history, np.float32)[6::7] >= 0.01)
     total = len(history) // 7
@@ -488,19 +507,19 @@ def d_has_won(history, new):
 def log(folder, history, pending, state):
     """Write what is pending to losses.csv and `history`, warn if D has won; return the last.
 
-    `pending` has values of `iterate` by (step, epoch, batch). Raises a Problem if one is not
-    finite; the rows before it have been written then, and drawn.
+    `pending` is a dict from (step, epoch, batch) to what `iterate` returned. Raises a Problem if a
+    value is not finite; the rows before it have been written then, and drawn.
     """
-    sums = paddle.stack(list(pending.values()))
+    values = paddle.stack(list(pending.values()))
     if dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    values = sums.numpy() / dist.get_world_size()  # the only place that waits for the device
+        dist.all_reduce(values)
+    values = values.numpy() / dist.get_world_size()  # the only place that waits for the device
     rows = []
-    for place, losses in zip(pending, values, strict=True):
+    for (step, epoch, batch), losses in zip(pending, values, strict=True):
         if not np.isfinite(losses).all():
             break
-        rows.append(",".join([*map(str, place), *(f"{value:.6g}" for value in losses)]) + "\n")
-        history.extend(numbers_of(rows[-1]))
+        rows.append(f"{step},{epoch},{batch}," + ",".join(f"{loss:.6g}" for loss in losses) + "\n")
+        history.extend(read_row(rows[-1]))
     if is_main():
         try:
             with open(folder / "losses.csv", "a") as file:
@@ -508,11 +527,11 @@ def log(folder, history, pending, state):
         except OSError as error:
             raise Problem(f"cannot write {folder / 'losses.csv'}: {error.strerror}") from error
     if len(rows) < len(values):
-        attempt(draw_curves, folder / "losses.png", history)
-        raise Problem(f"the loss of iteration {place[0]} is not finite; {advice(state)}")
+        try_to_write(draw_curves, folder / "losses.png", history)
+        raise Problem(f"the loss of iteration {step} is not finite; {advice(state)}")
     if d_has_won(history, len(rows)) and is_main():
-        say(f"iteration {place[0]}: D has won, no face has fooled it for {D_WON_AFTER} iterations;"
-            f" {advice(state)}")
+        say(f"iteration {step}: D has won, its mean verdict on faces, D(G(z)), stayed below 0.01"
+            f" for {D_WON_AFTER} iterations: stop (Ctrl-C), and {advice(state)}")
     return losses
 
 
@@ -525,12 +544,12 @@ def advice(state):
 
 
 # --- pictures ------------------------------------------------------------------------------------
-def attempt(draw, path, *args):
-    """Call `draw(path, *args)` on the first process; no picture is worth a run, so at most say why.
+def try_to_write(write, path, *args):
+    """Call `write(path, *args)` on the first process; if it fails say why, and let the run go on.
     """
     if is_main():
         try:
-            draw(path, *args)
+            write(path, *args)
         except Exception as error:  # of a full disk, of matplotlib, of a foreign file
             say(f"{path} could not be written: {error}")
 
@@ -541,9 +560,9 @@ def draw_training_images(path, reader, augment):
                for number in range(min(len(reader), -(-100 // reader.batch_size)))]
     images = np.concatenate(batches)[:100]
     if augment:
-        numbers = network.latent([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
+        draws = network.latent([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
         scaled = paddle.to_tensor(images / np.float32(127.5) - 1)
-        varied = network.augment(scaled, paddle.to_tensor(numbers)).numpy()
+        varied = network.augment(scaled, paddle.to_tensor(draws)).numpy()
         images = (varied * 127.5 + 128).clip(0, 255).astype(np.uint8)
     dataReader.save_png(path, dataReader.grid(images))
 
@@ -593,19 +612,21 @@ def draw_progress(path, state):
         dataReader.save_gif(path, frames, 150, 2000)
 
 
-def sample(folder, state, keep, exact):
+def sample(folder, state, keep, batches):
     """Draw a grid of faces, of the same latent vectors each time, and keep the generator beside it.
 
-    Of all generators that have been kept there are at most `keep`, spread over the run. `exact`
-    takes longer. What is drawn does not depend on when checkpoints are saved.
+    Kept are those of every grid, or of every 2nd, 4th, 8th, ... one, so that they are at most
+    `keep`, spread over the run. `batches` is as in `network.estimate_statistics`. What is drawn
+    does not depend on when checkpoints are saved.
     """
-    network.estimate_statistics(state.average, state.settings["noise"], 5 if exact else 1)
-    faces = dataReader.grid(draw_faces(state))
+    noise = state.settings["noise"]
+    network.estimate_statistics(state.average, noise, batches)
     name = state.grids[-1]
-    attempt(dataReader.save_png, folder / f"{name}.png", faces)
-    attempt(network.save_generator, folder / f"{name}.safetensors", state.average, None,
-            state.settings["noise"], state.step)
-    every = 1  # a power of two, so that those kept now are among those kept before
+    faces = dataReader.grid(draw_hundred(state))
+    try_to_write(dataReader.save_png, folder / f"{name}.png", faces)
+    try_to_write(network.save_generator, folder / f"{name}.safetensors",
+                 state.average, None, noise, state.step)
+    every = 1
     while -(-len(state.grids) // every) > keep:
         every *= 2
     for number, name in enumerate(state.grids[:-1], 1):
@@ -613,23 +634,26 @@ def sample(folder, state, keep, exact):
             (folder / f"{name}.safetensors").unlink(missing_ok=True)
 
 
-def draw_faces(state):
-    """Draw 100 faces, of the same latent vectors each time."""
+def draw_hundred(state):
+    """Draw faces 0 to 99 of the run's seed by the averaged generator, uint8 `[100, 3, S, S]`."""
     settings = state.settings
-    return network.draw_faces(state.average, network.face_latents(
-        settings["seed"], range(100), settings["z_dim"], settings["noise"]))
+    z = network.face_latents(settings["seed"], range(100), settings["z_dim"], settings["noise"])
+    return network.draw_faces(state.average, z)
 
 
 def draw_comparison(path, reader, state):
-    dataReader.save_grids(path, Real_faces=reader.sample(100), Generated_faces=draw_faces(state))
+    """Draw real_vs_fake.png: training images beside generated ones (§5)."""
+    dataReader.save_grids(
+        path, Real_faces=reader.sample(100), Generated_faces=draw_hundred(state))
 
 
 def write_results(folder, state, history):
-    """Write what generator.py needs, and the curves."""
+    """Write generator.safetensors, and draw the curves anew: done whenever a checkpoint is saved.
+    """
     if is_main():
         network.save_generator(folder / "generator.safetensors", state.average, state.generator,
                                state.settings["noise"], state.step)
-    attempt(draw_curves, folder / "losses.png", history)
+    try_to_write(draw_curves, folder / "losses.png", history)
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -664,10 +688,9 @@ def announce(folder, state, reader, total):
         say(f"{folder}: {state.step} iterations are done, and no more are asked for: pass more"
             " --epochs to go on")
         return
-    g_size, d_size = (sum(weight.size for weight in network.weights(net))
-                      for net in (state.generator, state.discriminator))
-    say(f"{weightInit.device_name()}, {state.settings['amp']}: {len(reader.images)} images,"
-        f" {g_size:,} weights in G, {d_size:,} in D, {total:,} iterations in all")
+    say(f"{weightInit.device_name()}, {state.amp}: {len(reader.images)} images,"
+        f" {state.generator.vector.size:,} weights in G, {state.discriminator.vector.size:,} in D,"
+        f" {total:,} iterations in all")
     if len(reader.images) < 1000 and not state.settings["augment"]:
         say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
             " --augment")
@@ -687,44 +710,45 @@ def train(options):
         state.batches = len(reader)
         state.settings = {
             **{name: value for name, value in vars(options).items() if name not in MAY_CHANGE},
-            "amp": amp or "float32", "processes": reader.world_size,
+            "amp": amp, "processes": reader.world_size,
             "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
         load(folder / "checkpoint.safetensors", state, options.change)
-        history = cut_table(folder / "losses.csv", state.step)
-        steps_before, epochs_before = state.origin
-        total = steps_before + max(0, options.epochs - epochs_before) * len(reader)
+        history = continue_table(folder / "losses.csv", state.step)
+        start, epochs_before = state.origin
+        total = start + max(0, options.epochs - epochs_before) * len(reader)
         if is_main():
             announce(folder, state, reader, total)
-        attempt(draw_training_images, folder / "training_images.png", reader, options.augment)
-        train_until(total, folder, state, reader, options, amp, history, signals)
-        attempt(draw_comparison, folder / "real_vs_fake.png", reader, state)
+        try_to_write(draw_training_images, folder / "training_images.png", reader, options.augment)
+        if state.step >= total:  # the run may have been killed before these were written
+            write_results(folder, state, history)
+            try_to_write(draw_progress, folder / "progress.gif", state)
+        train_until(total, folder, state, reader, options, history, signals)
+        try_to_write(draw_comparison, folder / "real_vs_fake.png", reader, state)
         if is_main():
             path = shlex.quote(str(folder / "generator.safetensors"))
             print(f"{state.step} iterations done; to draw faces:"
                   f" python generator.py --checkpoint {path}")
 
 
-def train_until(total, folder, state, reader, options, amp, history, signals):
+def train_until(total, folder, state, reader, options, history, signals):
     """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
     images_per_step = options.batch_size * reader.world_size
-    pending = {}  # values of `iterate` by (step, epoch, batch), until the next log
-    next_save = 0.0  # at once: the first log saves
-    if state.step >= total:  # an earlier run may have been killed before it wrote them
-        write_results(folder, state, history)
-        attempt(draw_progress, folder / "progress.gif", state)
+    pending = {}  # what `iterate` returned, by (step, epoch, batch), until the next log
+    next_save = 0.0  # seconds of time.monotonic: the first log saves
     with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
               initial=state.step * images_per_step, disable=not is_main()) as bar:
         while state.step < total:
-            epoch, batch = state.place()
+            epoch, batch = state.next_batch()
             state.step += 1
+            # A schedule is a line here: state.generator_optimizer.set_lr(...), by state.step.
             images = to_device(reader.batch(epoch + 1, batch))
-            z, numbers = map(to_device, random_numbers(options, state.step, reader.rank))
-            values = iterate(state, images, z, numbers, options.d_steps, amp)
+            z, draws = random_numbers(options, state.step, reader.rank)
+            pending[state.step, epoch + 1, batch + 1] = iterate(
+                state, images, to_device(z), to_device(draws), options.d_steps, options.g_steps)
             # Warmed up: at first the average spans the last tenth of the iterations, so that a
             # short run does not draw with the weights that it began with.
             decay = min(options.ema_decay, (1 + state.step) / (10 + state.step))
             network.average_weights(state.average, state.generator, decay)
-            pending[state.step, epoch + 1, batch + 1] = values
 
             is_last = state.step == total
             is_stopped = bool(signals)
@@ -737,14 +761,14 @@ def train_until(total, folder, state, reader, options, amp, history, signals):
             save_now = from_main(is_last or is_stopped or time.monotonic() >= next_save)
             if sample_now:
                 state.grids.append(f"{epoch + 1:04d}_{batch + 1:04d}")
-                sample(folder, state, options.keep, exact=is_last)
+                sample(folder, state, options.keep, batches=5 if is_last else 1)
             if save_now:
                 network.estimate_statistics(state.average, options.noise)
                 save(folder / "checkpoint.safetensors", state)
                 write_results(folder, state, history)
                 next_save = time.monotonic() + 60 * options.save_minutes
             if sample_now:
-                attempt(draw_progress, folder / "progress.gif", state)
+                try_to_write(draw_progress, folder / "progress.gif", state)
             bar.update(images_seen)  # what is said comes after what is saved: it may not be heard
             where = f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}"
             bar.set_description(where, refresh=False)

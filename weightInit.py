@@ -236,9 +236,9 @@ def device_name():
 
 
 def amp_type(wanted):
-    """The type for mixed precision: bfloat16 on a GPU that has it, else float16; None on a CPU."""
+    """The precision to train in: "bfloat16" on a GPU that has it, or "float16"; else "float32"."""
     if wanted and paddle.get_device() != "cpu":
         return "bfloat16" if paddle.device.cuda.get_device_capability() >= (8, 0) else "float16"
     if wanted:
         say("amp is off: it is for GPUs")
-    return None
+    return "float32"

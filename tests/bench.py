@@ -65,15 +65,14 @@ def trainer(batch, width, d_steps=1, g_rate=2e-4):
         paddle.distributed.init_parallel_env()
     options = argparse.Namespace(seed=0, image_size=64, width=width, z_dim=100, learning_rate=2e-4,
                                  beta1=0.5, beta2=0.999)
-    state = train.build(options, None)
+    state = train.build(options, "float32")
     state.generator_optimizer.set_lr(g_rate)
     images = np.random.default_rng(0).integers(0, 256, [batch, 3, 64, 64], dtype=np.uint8)
 
     def iteration(step):
-        # so many latents that there are two steps of G
         z = network.latent([0, step], [d_steps + 1, batch, 100], "normal")
         return train.iterate(state, paddle.to_tensor(images), paddle.to_tensor(z), None,
-                             d_steps).numpy()
+                             d_steps, g_steps=2).numpy()
     return iteration
 
 

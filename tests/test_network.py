@@ -351,8 +351,15 @@ def test_no_product_of_augment_is_broadcast(monkeypatch):
     assert shapes == [([5, 3], [5, 3])] * 2
 
 
+def joined():
+    """A small generator with its weights in one vector."""
+    G = Generator(7, 32, 4)
+    network.join_weights(G)
+    return G
+
+
 def test_average_of_weights_moves_by_its_decay():
-    averaged, G = Generator(7, 32, 4), Generator(7, 32, 4)
+    averaged, G = joined(), joined()
     before, state = [{name: value.numpy().copy() for name, value in net.state_dict().items()}
                      for net in (averaged, G)]
     average_weights(averaged, G, 0.75)
@@ -368,9 +375,9 @@ def test_average_of_weights_moves_by_its_decay():
             np.testing.assert_array_equal(copied.numpy(), value.numpy())
 
 
-def test_averages_weights_are_parts_of_one_vector_and_stay_it(tmp_path):
+def test_weights_are_parts_of_one_vector_and_stay_it():
     """Restoring a checkpoint sets them one by one, `set_state_dict` all at once."""
-    averaged, G = Generator(7, 32, 4), Generator(7, 32, 4)
+    averaged, G = joined(), joined()
     average_weights(averaged, G, 0)
     for value in averaged.parameters():
         value.set_value(2 * value.numpy())
@@ -378,7 +385,7 @@ def test_averages_weights_are_parts_of_one_vector_and_stay_it(tmp_path):
     averaged.set_state_dict(
         {name: paddle.to_tensor(value.numpy()) for name, value in G.state_dict().items()})
     before = {name: value.numpy().copy() for name, value in averaged.state_dict().items()}
-    average_weights(averaged, Generator(7, 32, 4), 0.5)
+    average_weights(averaged, joined(), 0.5)
     for name, value in averaged.named_parameters():
         if name.endswith("weight"):
             assert (value.numpy() != before[name]).any(), name

@@ -19,8 +19,11 @@ from train import (
     draw_training_images,
     g_step,
     iterate,
+    load,
     main,
     random_numbers,
+    save,
+    tensors_by_name,
 )
 from weightInit import paddle, read_tensors
 
@@ -47,9 +50,11 @@ def state():
     """Two small networks about to be trained."""
     paddle.seed(1)
     G, D = Generator(5, 32, 4), Discriminator(32, 4)
-    optimizers = [paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=net.parameters())
-                  for net in (G, D)]
-    return State(G, D, None, *optimizers, SCALER)
+    optimizers = []
+    for net in G, D:
+        network.join_weights(net)
+        optimizers.append(paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=[net.vector]))
+    return State(G, D, None, *optimizers, SCALER, "float32")
 
 
 def weights(net):
@@ -102,6 +107,51 @@ def test_g_step_teaches_g_and_leaves_d(state):
     assert last < first
 
 
+def test_steps_are_adams_of_each_weight_to_the_bit(state):
+    """Though it is given all weights as one vector."""
+    D = state.discriminator
+    twin = copy_of(D)
+    adam = paddle.optimizer.Adam(0.01, 0.5, 0.999, parameters=twin.parameters())
+    for _ in range(3):
+        real, fake = paddle.rand([8, 3, 32, 32]) * 2 - 1, paddle.rand([8, 3, 32, 32])
+        d_step(D, state.discriminator_optimizer, SCALER, real, fake)
+        (loss(twin(real), 1) + loss(twin(fake), 0)).backward()
+        adam.step()
+        adam.clear_grad()
+    for value, expected in zip(weights(D), weights(twin), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("optimizer", [paddle.optimizer.Adam, paddle.optimizer.RMSProp])
+def test_checkpoint_has_all_that_an_optimizer_keeps(state, tmp_path, optimizer):
+    """Whichever it is; loading puts it in the same places, on a GPU Adam's powers on the CPU."""
+    def step_twice(state):
+        for number in range(2):
+            z = paddle.to_tensor(latent([number], [1, 8, 5], "normal"))
+            images = paddle.full([8, 3, 32, 32], 100 * number, "uint8")
+            iterate(state, images, z, None, d_steps=1, g_steps=1)
+
+    def renewed():
+        networks = Generator(5, 32, 4), Discriminator(32, 4), Generator(5, 32, 4)
+        for net in networks:
+            network.join_weights(net)
+        optimizers = [optimizer(0.01, parameters=[net.vector]) for net in networks[:2]]
+        return State(*networks, *optimizers, SCALER, "float32")
+
+    first, second = renewed(), renewed()
+    step_twice(first)
+    save(tmp_path / "checkpoint.safetensors", first)
+    load(tmp_path / "checkpoint.safetensors", second, change=False)
+    kept = tensors_by_name(first)
+    assert {name: str(tensor.place) for name, tensor in tensors_by_name(second).items()} == {
+        name: str(tensor.place) for name, tensor in kept.items()}
+    assert sum(name.startswith("D_optimizer.") for name in kept) >= 3
+    for again in first, second:
+        step_twice(again)
+    for name, tensor in tensors_by_name(second).items():
+        np.testing.assert_array_equal(tensor.numpy(), tensors_by_name(first)[name].numpy(), name)
+
+
 def test_one_iteration_is_one_d_step_and_two_g_steps(state, monkeypatch):
     calls = []
     for name, optimizer in (("G", state.generator_optimizer), ("D", state.discriminator_optimizer)):
@@ -109,10 +159,10 @@ def test_one_iteration_is_one_d_step_and_two_g_steps(state, monkeypatch):
         monkeypatch.setattr(
             optimizer, "step", lambda step=step, name=name: (calls.append(name), step()))
     images, z = paddle.randint(0, 256, [8, 3, 32, 32]).astype("uint8"), paddle.randn([3, 8, 5])
-    values = iterate(state, images, z[:2], None, d_steps=1)
+    values = iterate(state, images, z[:2], None, d_steps=1, g_steps=2)
     assert calls == ["D", "G", "G"]
     assert values.shape == [4]
-    iterate(state, images, z, None, d_steps=3)
+    iterate(state, images, z, None, d_steps=3, g_steps=1)
     assert calls[3:] == ["D", "D", "D", "G"]
 
 
@@ -124,7 +174,8 @@ def test_numbers_of_iterate_are_those_of_the_last_steps(state):
         d_step(D, state.discriminator_optimizer, SCALER, paddle.ones([8, 3, 32, 32]), G(z[0]))
     twin = copy_of(D)
     odds = [margin(twin(images)) for images in (paddle.ones([8, 3, 32, 32]), G(z[0]))]
-    d_loss, g_loss, d_real, d_fake = iterate(state, real, z[:1], None, d_steps=1).numpy()
+    d_loss, g_loss, d_real, d_fake = iterate(
+        state, real, z[:1], None, d_steps=1, g_steps=1).numpy()
     assert d_real == pytest.approx(float(F.sigmoid(odds[0]).mean()), rel=1e-4)
     assert d_fake == pytest.approx(float(F.sigmoid(odds[1]).mean()), rel=1e-4)
     assert d_real > d_fake + 0.2
@@ -143,30 +194,30 @@ def test_latents_are_new_for_every_step_and_process():
     options = SimpleNamespace(seed=3, z_dim=5, noise="uniform", d_steps=1, g_steps=3, augment=False,
                               batch_size=16)
     drawn = [random_numbers(options, step, rank) for step in (1, 2, 9) for rank in (0, 1)]
-    assert all(numbers is None for _, numbers in drawn)
+    assert all(draws is None for _, draws in drawn)
     z = np.stack([latents for latents, _ in drawn])
     assert z.shape == (6, 3, 16, 5)
     assert len(np.unique(z)) == z.size
     np.testing.assert_array_equal(z[4, 1], latent([3, 9, 0, 2], [16, 5], "uniform"))
 
 
-def test_what_d_sees_is_augmented_with_numbers_of_its_own(state, monkeypatch):
-    """Real and generated images alike, in all steps, from numbers that (seed, step) give."""
+def test_what_d_sees_is_augmented_with_draws_of_its_own(state, monkeypatch):
+    """Real and generated images alike, in all steps, by draws that (seed, step) give."""
     options = SimpleNamespace(seed=3, z_dim=5, noise="normal", d_steps=2, g_steps=2, augment=True,
                               batch_size=16)
     drawn = [random_numbers(options, step, 0) for step in range(1, 7)]
-    numbers = np.stack([each for _, each in drawn])
-    assert numbers.shape == (6, 2 * 2 + 2, 16, 7)
-    assert 0 <= numbers.min() < 0.01 < 0.99 < numbers.max() < 1
-    assert len(np.unique(numbers)) > 0.99 * numbers.size
+    draws = np.stack([each for _, each in drawn])
+    assert draws.shape == (6, 2 * 2 + 2, 16, 7)
+    assert 0 <= draws.min() < 0.01 < 0.99 < draws.max() < 1
+    assert len(np.unique(draws)) > 0.99 * draws.size
 
     seen, augment = [], network.augment
-    monkeypatch.setattr(network, "augment", lambda images, numbers: (
-        seen.append((images, numbers.numpy())), augment(images, numbers))[1])
+    monkeypatch.setattr(network, "augment", lambda images, draws: (
+        seen.append((images, draws.numpy())), augment(images, draws))[1])
     before = weights(state.generator)
     images = paddle.randint(0, 256, [16, 3, 32, 32]).astype("uint8")
-    iterate(state, images, paddle.to_tensor(drawn[0][0]), paddle.to_tensor(numbers[0]), 2)
-    np.testing.assert_array_equal(np.stack([given for _, given in seen]), numbers[0])
+    iterate(state, images, paddle.to_tensor(drawn[0][0]), paddle.to_tensor(draws[0]), 2, 2)
+    np.testing.assert_array_equal(np.stack([given for _, given in seen]), draws[0])
     real = [bool((images == seen[0][0]).all()) for images, _ in seen]
     assert real == [True, False, True, False, False, False]
     assert all(changed(before, state.generator))  # by a gradient that came through it
@@ -179,7 +230,8 @@ def test_images_are_scaled_to_the_range_of_tanh(state, monkeypatch):
     monkeypatch.setattr("train.g_step", lambda *_: paddle.zeros([]))
     images = np.zeros([2, 3, 32, 32], np.uint8)
     images[1] = 255
-    iterate(state, paddle.to_tensor(images), paddle.randn([1, 2, 5]), None, d_steps=1)
+    iterate(
+        state, paddle.to_tensor(images), paddle.randn([1, 2, 5]), None, d_steps=1, g_steps=1)
     [real] = seen
     assert real.dtype == np.float32
     assert (real[0] == -1).all()
