@@ -368,8 +368,6 @@ def parse_options():
                         help="of training alone on the machine (default: 30)")
     budget.add_argument("--iterations", type=int,
                         help="in place of it: iterations of ours, and the others as long")
-    of_table.add_argument("--seconds_only", action="store_true",
-                          help="no second table, of equal iterations: the others need hours for it")
     of_table.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     of_table.add_argument("--ours", default="--width 16 --batch_size 16 --learning_rate 0.0005",
                           metavar="FLAGS", help="flags of train.py (default: %(default)s)")

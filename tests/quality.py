@@ -263,7 +263,8 @@ def measure_speeds(folder, trainings):
 def count_iterations(trainings, speeds, options):
     """Iterations of every training, by name, in two dicts: at equal seconds, at equal iterations.
 
-    Ours trains for whole epochs, and the seconds are those that ours takes.
+    Ours trains for whole epochs, and the seconds are those that ours takes. The iterations that
+    are equal are about as many as the slowest has then done, so that no more training is needed.
     """
     wanted = options.iterations
     if wanted is None:
@@ -274,10 +275,10 @@ def count_iterations(trainings, speeds, options):
     at_equal_seconds = {
         name: max(1, round(seconds / speeds[name] / training.unit)) * training.unit
         for name, training in trainings.items()}
-    columns = {"equal seconds": at_equal_seconds}
-    if not options.seconds_only:
-        columns["equal iterations"] = dict.fromkeys(trainings, count)
-    return columns
+    fewest = min(at_equal_seconds.values())
+    common = max(1, fewest // unit) * unit
+    return {"equal seconds": at_equal_seconds,
+            "equal iterations": dict.fromkeys(trainings, common)}
 
 
 def measure_row(folder, row, training, seed, count, reference):
@@ -375,12 +376,10 @@ def make_table(options, machine):
     text = describe(machine, trainings, speeds, reference, len(train), options)
 
     found = {}
-    for column in columns.values():
-        for seed, name in itertools.product(options.seeds, trainings):
-            counts = sorted({each[name] for each in columns.values()})
-            counts = [count for count in counts if count <= column[name]]  # in ascending order
-            found |= train_and_measure(trainings[name], seed, counts, folder, reference)
-            tables = [f"At {title}:\n\n{table(found, each, speeds, options.seeds, floor)}"
-                      for title, each in columns.items()]
-            (folder / "table.md").write_text("\n\n".join([text, *tables]) + "\n")
+    for seed, name in itertools.product(options.seeds, trainings):
+        counts = sorted({each[name] for each in columns.values()})
+        found |= train_and_measure(trainings[name], seed, counts, folder, reference)
+        tables = [f"At {title}:\n\n{table(found, each, speeds, options.seeds, floor)}"
+                  for title, each in columns.items()]
+        (folder / "table.md").write_text("\n\n".join([text, *tables]) + "\n")
     print((folder / "table.md").read_text())

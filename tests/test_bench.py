@@ -141,13 +141,14 @@ def test_last_fifth_by_name_is_held_out(tmp_path):
 def test_equal_seconds_and_equal_iterations():
     trainings = {"page": SimpleNamespace(unit=1), "ours": SimpleNamespace(unit=50)}
     speeds = {"page": 1.0, "ours": 0.1}
-    options = SimpleNamespace(minutes=1, iterations=None, seconds_only=False)
-    columns = quality.count_iterations(trainings, speeds, options)
+    columns = quality.count_iterations(
+        trainings, speeds, SimpleNamespace(minutes=1, iterations=None))
     assert columns == {"equal seconds": {"page": 60, "ours": 600},
-                       "equal iterations": {"page": 600, "ours": 600}}
-    options = SimpleNamespace(minutes=None, iterations=110, seconds_only=True)
-    columns = quality.count_iterations(trainings, speeds, options)
-    assert columns == {"equal seconds": {"page": 10, "ours": 100}}
+                       "equal iterations": {"page": 50, "ours": 50}}
+    columns = quality.count_iterations(
+        trainings, speeds, SimpleNamespace(minutes=None, iterations=110))
+    assert columns == {"equal seconds": {"page": 10, "ours": 100},
+                       "equal iterations": {"page": 50, "ours": 50}}
 
 
 def test_bench_trains_what_train_py_trains():
