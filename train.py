@@ -10,13 +10,14 @@
 Edit the settings below or pass them as flags. Everything is written to Output/:
 
     training_images.png     images as D sees them
-    0003_0100.png           faces of the same latent vectors in epoch 3, after batch 100
-    0003_0100.safetensors   the generator that drew them, for generator.py
+    0003_0336.png           faces of the same latent vectors in epoch 3, after batch 336
+    0003_0336.safetensors   the generator that drew them, for generator.py
     progress.gif            the first of those faces, from the first grid to the last
     losses.csv losses.png   both losses, D(x) and D(G(z)), iteration by iteration
     real_vs_fake.png        training images beside generated ones, at the end
     generator.safetensors   what generator.py needs
-    checkpoint.safetensors  what the same command needs to go on, exactly as if never stopped
+    checkpoint.safetensors  what the same command needs to go on, as if never stopped: to the bit
+                            on a CPU, or with --deterministic
 """
 
 import dataReader
@@ -109,7 +110,7 @@ class State:
     batches: int = 1        # per epoch
     step: int = 0           # iterations done
     origin: tuple = (0, 0)  # step and epoch at which the present number of batches per epoch began
-    grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0100"
+    grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0336"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
     def next_batch(self):

@@ -91,9 +91,9 @@ def defaults(monkeypatch, script):
 def check_command(command, monkeypatch):
     """Fail unless a command is one that its program understands."""
     program, *words = shlex.split(command)
-    if program == "source":  # what `python -m venv` makes
+    if program == "source":  # what `python3 -m venv` makes
         return
-    assert program == "python"
+    assert program == "python" or command == "python3 -m venv .venv"
     if words[:2] == ["-m", "paddle.distributed.launch"]:
         words = words[words.index("train.py"):]
     if words[0] in WITH_FLAGS:
@@ -105,6 +105,8 @@ def check_command(command, monkeypatch):
     elif words[:3] in (["-m", "pip", "install"], ["-m", "pip", "uninstall"]):
         for before, file in zip(words, words[1:], strict=False):
             assert before != "-r" or (ROOT / file).is_file()
+    elif words[:3] == ["-m", "pip", "config"]:
+        assert words[3] == "set"
     elif words[:2] == ["-m", "pytest"]:
         assert (ROOT / words[-1]).exists()
     else:
@@ -329,7 +331,8 @@ def messages():
 
 def test_errors_in_the_chinese_table_are_the_scripts():
     foreign = {"Cannot load cudnn shared library", "CUDA driver version is insufficient",
-               "ResourceExhaustedError", "No matching distribution found for paddlepaddle-gpu"}
+               "ResourceExhaustedError", "No matching distribution found for paddlepaddle-gpu",
+               "No module named 'paddle.fluid'", "externally-managed-environment"}
     rows = next(rows for rows in tables(read(CHINESE)) if rows[0][0] == "报错中的关键字")[1:]
     known = list(messages())
     words = [word for row in rows for word in re.findall("`(.*?)`", row[0])]
