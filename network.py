@@ -128,8 +128,8 @@ def deconv_bn(channels_in, channels_out, stride=2, padding=1):
 # --- the loss ------------------------------------------------------------------------------------
 def margin(logits):
     """Logits `[N, 2]` → float32 `[N]`, the log-odds of real; `sigmoid` of it is D(x)."""
-    logits = logits.astype("float32")
-    return logits[:, 1] - logits[:, 0]
+    of_generated, of_real = logits.astype("float32").unbind(1)
+    return of_real - of_generated
 
 
 def loss(logits, label):
@@ -151,11 +151,8 @@ def augment(images, draws):
     """Vary images `[N, 3, S, S]` in [-1, 1] at random, real and generated ones alike, for D.
 
     `draws`, random numbers `[N, 7]` in [0, 1), say how: 3 are for `vary_color`, 2 for `shift`, 2
-    for `cut_out`. Without them, None, the images are returned unchanged. The gradient flows into
-    `images`.
+    for `cut_out`. The gradient flows into `images`.
     """
-    if draws is None:
-        return images
     images = vary_color(images.astype("float32"), draws[:, :3])
     images = shift(images, draws[:, 3:5])
     return cut_out(images, draws[:, 5:])
@@ -433,7 +430,7 @@ def run_onednn(target, images, kernels, outputs, stride, padding):
         variables[name]._share_data_with(ordered.get_tensor())
     for operator in operators:
         operator.run(scope, core.CPUPlace())
-    result = paddle.zeros([1])  # paddle.Tensor(variable) leaks on 3.3
+    result = paddle.empty([1])  # paddle.Tensor(variable) leaks on 3.3
     result.get_tensor()._share_data_with(variables["ordered"])
     for variable in variables.values():  # or they would hold memory until the next call
         variable._clear()

@@ -195,10 +195,10 @@ def iterate(state, images, z, draws, d_steps, g_steps):
         Tensor `[4]`, on the device: D's loss, G's loss, D(x), D(G(z)) of each network's last step.
     """
     G, D, scaler = state.generator, state.discriminator, state.scaler
-    draws_left = itertools.repeat(None) if draws is None else iter(draws)
+    draws_left = None if draws is None else iter(draws)
 
     def varied(images):  # by the next draws, so the order of the calls counts
-        return network.augment(images, next(draws_left))
+        return images if draws_left is None else network.augment(images, next(draws_left))
 
     real = images.astype("float32") / 127.5 - 1
     with mixed_precision(state.amp):
