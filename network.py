@@ -32,7 +32,7 @@ class Discriminator(nn.Layer):
     def __init__(self, image_size=64, width=64):
         super().__init__()
         channels = channels_by_layer(image_size, width)     # [64, 128, 256, 512]
-        layers = [conv(CHANNELS, width), nn.LeakyReLU(0.2)]  # [N, 64, 32, 32]
+        layers = [conv(CHANNELS, channels[0]), nn.LeakyReLU(0.2)]  # [N, 64, 32, 32]
         for before, after in itertools.pairwise(channels):  # [N, 128, 16, 16], [N, 256, 8, 8],
             layers.append(conv_bn(before, after))           # [N, 512, 4, 4]
         layers.append(Flatten())                            # [N, 8192]
@@ -56,7 +56,7 @@ class Generator(nn.Layer):
         layers = [deconv_bn(z_dim, channels[0], stride=1, padding=0)]  # [N, 512, 4, 4]
         for before, after in itertools.pairwise(channels):  # [N, 256, 8, 8], [N, 128, 16, 16],
             layers.append(deconv_bn(before, after))         # [N, 64, 32, 32]
-        layers += [deconv(width, CHANNELS), nn.Tanh()]      # [N, 3, 64, 64]
+        layers += [deconv(channels[-1], CHANNELS), nn.Tanh()]      # [N, 3, 64, 64]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z):
@@ -106,8 +106,8 @@ def fc(features_in, features_out):
 
 
 class Flatten(nn.Layer):
-    """`[N, C, S, S]` → `[N, C·S·S]`; Paddle's own cannot be differentiated twice, as
-    a gradient penalty must be.
+    """`[N, C, S, S]` → `[N, C·S·S]`; Paddle's own cannot be differentiated twice, which a gradient
+    penalty needs.
     """
 
     def forward(self, images):
@@ -146,7 +146,7 @@ def loss(logits, label):
 
 
 # --- differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738) -----------------------------
-@paddle.amp.auto_cast(False)
+@paddle.amp.auto_cast(False)  # in float32 throughout: in bfloat16 `shift` would round the pixels
 def augment(images, draws):
     """Vary images `[N, 3, S, S]` in [-1, 1] at random, real and generated ones alike, for D.
 
@@ -174,7 +174,7 @@ def shift(images, draws):
     distances = (draws * (size // 4 + 1)).floor() - size // 8
     down, right = distances.T.reshape([2, -1, 1, 1, 1])
     # Each image has its own matrices of zeros and ones, [N, 1, S, S], that move its rows and its
-    # columns: to cut it at its own place, the host would have to wait for the GPU's numbers.
+    # columns: to slice it where its distances say, the host would have to wait for the GPU.
     j = paddle.arange(size, dtype="float32")
     i = j.reshape([size, 1])
     rows = (i - j == down).astype("float32")
@@ -204,9 +204,10 @@ NOISES = {"normal": np.random.Generator.standard_normal, "uniform": np.random.Ge
 def latent(key, shape, noise):
     """Draw latent vectors, a float32 array, the same for the same key on every machine.
 
-    The key is a list of integers ≥ 0, a seed and a place in the run; there is no other state. One
-    of less than 4 is filled with zeros, so [1, 2] is [1, 2, 0, 0]: end a longer key with a number
-    that is not 0. `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
+    The key is a list of integers ≥ 0, a seed and a place in the run; there is no other state. NumPy
+    fills a key of fewer than 4 numbers with zeros, so [1, 2] draws what [1, 2, 0, 0] does. Keys of
+    2 numbers are those of faces; every other key has 4 or more, of which the last is not 0.
+    `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
     """
     draw = NOISES[noise]
     return draw(np.random.default_rng(key), shape, dtype=np.float32)
@@ -228,13 +229,14 @@ def weights(net):
 def join_weights(net):
     """Move a network's weights into one vector, `net.vector`: who changes it changes them.
 
-    It is what an optimizer is given; `net.weights` is the list of them, in their order.
+    It is what an optimizer is given; `net.weights` is the list of them, in their order. A network's
+    `state_dict` has the weights, not the vector.
     """
     net.weights = weights(net)
     net.vector = paddle.concat([weight.flatten() for weight in net.weights]).detach()
     start = 0
     for weight in net.weights:
-        part = net.vector[start:start + weight.size].reshape(weight.shape)
+        part = net.vector[start:start + weight.size].reshape(weight.shape)  # a view, no copy
         weight.get_tensor()._share_data_with(part.get_tensor())
         start += weight.size
     net.vector.stop_gradient = False  # an optimizer leaves out what needs no gradient
@@ -323,6 +325,7 @@ def load_generator(path, raw=False):
     if raw and not in_training:
         raise Problem(f"{path} has the averaged weights alone: draw without --raw")
     wanted = in_training if raw else averaged
+    # all or none: a mixture is no file of ours, and `check_generator` refuses it
     if all(value.dtype == np.float16 for value in wanted.values()):
         wanted = {name: value.astype("float32") for name, value in wanted.items()}
     check_generator(wanted, info, path)
@@ -339,6 +342,8 @@ def check_generator(arrays, info, path):
     z_dim, image_size, width, step = (
         info.get(name) for name in ("z_dim", "image_size", "width", "step"))
     are_whole = all(type(value) is int for value in (z_dim, image_size, width, step))
+    # so many weights a layer that their number is still one for Paddle; in a list, since what a
+    # stranger's file has may be nothing that a dict can look up
     if not (are_whole and 0 < z_dim < 2**27 and 0 < width < 2**27 and image_size in SIZES
             and step >= 0 and info.get("noise") in list(NOISES)):
         raise Problem(f"{path} holds weights of another network")
@@ -402,6 +407,7 @@ class Convolution(paddle.autograd.PyLayer):
         if paddle.is_grad_enabled():  # only if the gradient is to have a gradient
             raise NotImplementedError("for second gradients set network.ONEDNN = False")
         inputs, kernels = ctx.saved_tensor()
+        # a transposed convolution goes from outputs to images
         images, outputs = (gradient, inputs) if ctx.is_transposed else (inputs, gradient)
         of_inputs = of_kernels = None
         if not ctx.inputs_are_constant:
@@ -415,8 +421,8 @@ class Convolution(paddle.autograd.PyLayer):
 def run_onednn(target, images, kernels, outputs, stride, padding):
     """Run a convolution (`target` "outputs") or one of its two gradients ("images", "kernels").
 
-    A gradient is computed from that of the outputs; of the tensor that the target names only the
-    shape is looked at.
+    For a gradient, `outputs` is the gradient of the outputs. Of the tensor that the target names
+    only the shape is looked at.
     """
     # Paddle keeps what oneDNN compiles by the names of images and kernels and by the shape of the
     # images: the rest of what it depends on must be in a name.
@@ -439,14 +445,14 @@ def run_onednn(target, images, kernels, outputs, stride, padding):
 
 
 @functools.cache  # making them takes as long as a small convolution
-def onednn_operators(target, kernels, stride, padding):
+def onednn_operators(target, kernels_name, stride, padding):
     """Paddle's operators for a target and layer: (scope, its variables by name, operators)."""
     program = core.ProgramDesc()  # which owns the block
     block = program.block(0)
     convolve = block.append_op()
     convolve.set_type("conv2d" if target == "outputs" else "conv2d_grad")
     convolve.set_input("Input", ["images"])
-    convolve.set_input("Filter", [kernels])
+    convolve.set_input("Filter", [kernels_name])
     if target != "outputs":
         convolve.set_input("Output@GRAD", ["outputs"])
     result = {"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[target]
@@ -456,8 +462,8 @@ def onednn_operators(target, kernels, stride, padding):
         "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}
     for name, value in attributes.items():
         convolve._set_attr(name, value)
-    # oneDNN's results lie in memory in blocks. Paddle orders what it gives to an operator that is
-    # not oneDNN's, so here is one that does nothing.
+    # oneDNN's results lie in memory in blocks. Paddle puts in order what it gives to an operator
+    # that is not oneDNN's, so here is one that does nothing else.
     order = block.append_op()
     order.set_type("share_data")
     order.set_input("X", ["blocked"])
@@ -468,7 +474,7 @@ def onednn_operators(target, kernels, stride, padding):
         description._set_attr("@ENABLE_CACHE_RUNTIME_CONTEXT@", True)
         operators.append(core.Operator.create(description.serialize_to_string()))
     scope = core.Scope()
-    names = "images", kernels, "outputs", "blocked", "ordered"
+    names = "images", kernels_name, "outputs", "blocked", "ordered"
     variables = {name: scope.var(name).get_tensor() for name in names}
     return scope, variables, operators
 

@@ -23,10 +23,10 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
 import dataReader
 import network
 import weightInit
-from dataReader import PATH, YES_NO, Problem, one_of, real, say, whole
+from dataReader import PATH, YES_NO, Problem, one_of, say, whole
+from dataReader import real as real_number
 from weightInit import paddle
 
-import array
 import ast
 import contextlib
 import ctypes
@@ -34,11 +34,13 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
 import signal
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +85,13 @@ ALLOWED = {
     "data_path": PATH, "image_size": one_of(*dataReader.SIZES),
     "z_dim": whole(1), "width": whole(1), "noise": one_of(*network.NOISES),
     "epochs": whole(1), "batch_size": whole(1),
-    "learning_rate": real(1e-8, 1),  # float32 weights do not feel less
-    "beta1": real(0, 1), "beta2": real(0, 1),
+    "learning_rate": real_number(1e-8, 1),  # float32 weights do not feel less
+    "beta1": real_number(0, 1), "beta2": real_number(0, 1),
     "d_steps": whole(1), "g_steps": whole(1),
     "augment": YES_NO, "flip": YES_NO, "seed": whole(0, 2**32),
-    "ema_decay": real(0, 1), "amp": YES_NO, "device": one_of("auto", "gpu", "cpu"),
+    "ema_decay": real_number(0, 1), "amp": YES_NO, "device": one_of("auto", "gpu", "cpu"),
     "deterministic": YES_NO, "output_path": PATH, "log_every": whole(1),
-    "sample_every": whole(1), "save_minutes": real(0), "keep": whole(1),
+    "sample_every": whole(1), "save_minutes": real_number(0), "keep": whole(1),
     "restart": YES_NO, "change": YES_NO}
 DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output", "width": 16, "batch_size": 16,
         "learning_rate": 0.0005, "epochs": 17, "sample_every": 100}
@@ -109,7 +111,9 @@ class State:
     settings: dict = dataclasses.field(default_factory=dict)  # that must not change unnoticed
     batches: int = 1        # per epoch
     step: int = 0           # iterations done
-    origin: tuple = (0, 0)  # step and epoch at which the present number of batches per epoch began
+    # (step, epoch) from which epochs of `batches` are counted: other than (0, 0) when a run went on
+    # with another batch size or other images
+    origin: tuple = (0, 0)
     grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0336"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
@@ -120,16 +124,20 @@ class State:
 
 
 def build(options, amp):
-    """Make the State that training begins with, from the seed; `amp` is as in a State."""
+    """Make networks and optimizers, from the seed, in a State whose other fields are not set yet.
+
+    `amp` is as in a State.
+    """
     def optimizer_of(net):  # may be another one: whatever it keeps is in the checkpoint
-        return paddle.optimizer.Adam(options.learning_rate, options.beta1, options.beta2,
-                                     parameters=[net.vector])
+        return paddle.optimizer.Adam(options.learning_rate, beta1=options.beta1,
+                                     beta2=options.beta2, parameters=[net.vector])
 
     paddle.seed(options.seed)
     generator = network.Generator(options.z_dim, options.image_size, options.width)
     discriminator = network.Discriminator(options.image_size, options.width)
     average = network.Generator(options.z_dim, options.image_size, options.width)
     average.eval()
+    # A layer is frozen here, by its weights' stop_gradient: what is joined is trained.
     for net in (generator, discriminator, average):
         network.join_weights(net)
     network.average_weights(average, generator, 0)
@@ -187,7 +195,7 @@ def iterate(state, images, z, draws, d_steps, g_steps):
 
     Args:
         state: a State, whose networks and optimizers are changed.
-        images: uint8 tensor `[N, 3, S, S]`.
+        images: uint8 tensor `[N, 3, S, S]`, the real ones of every discriminator step.
         z: latent vectors, a tensor `[d_steps + g_steps - 1, N, z_dim]`.
         draws: of `network.augment`, a tensor `[2·d_steps + g_steps, N, 7]`, or None.
 
@@ -237,14 +245,14 @@ def random_numbers(options, step, rank):
     return np.stack(z), draws
 
 
-def to_device(array):
+def to_device(values):
     """An array as a tensor; None stays None. A copy to a GPU is begun and not waited for."""
-    if array is None:
+    if values is None:
         return None
     if paddle.get_device() == "cpu":
-        return paddle.to_tensor(array)
+        return paddle.to_tensor(values)
     # Paddle keeps the page-locked memory until the copy has been done.
-    return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
+    return paddle.to_tensor(values, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
 
 
 # --- several processes, one a device, started by Paddle's launcher -------------------------------
@@ -286,7 +294,7 @@ def set_up(options):
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
         dist.get_world_size(), options.flip)
     if dist.get_world_size() > 1:
-        dist.init_parallel_env()  # which with --backend gloo takes the CPU
+        dist.init_parallel_env()  # the launcher's --backend gloo makes it choose the CPU
     amp = weightInit.amp_type(options.amp)
     check_same((vars(options), code_digest(), reader.digest, amp),
                "the settings, the code, the images or the cards' types")
@@ -315,6 +323,7 @@ WRITTEN = re.compile(r"losses\.(csv|png)|progress\.gif|(real_vs_fake|training_im
 def code_digest():
     """SHA-1 of what network.py and this file do: comments, docstrings, settings do not count."""
     digest = hashlib.sha1(usedforsecurity=False)
+    # the settings are found by the headings above and below them
     for file in network.__file__, __file__:
         source = Path(file).read_text(encoding="utf-8")
         code = re.sub("# --- settings.*?# --- the alg", "#", source, count=1, flags=re.DOTALL)
@@ -331,8 +340,8 @@ def code_digest():
 def output_folder(options):
     """Make the output folder and keep other runs out of it meanwhile; yields its Path.
 
-    An earlier run's files, and none but those, are moved aside with --restart, or if there is no
-    checkpoint among them to go on from.
+    If an earlier run has saved anything, its files, and none but those, are moved aside with
+    --restart, or if there is no checkpoint among them to go on from.
     """
     folder = Path(options.output_path)
     if not is_main():
@@ -342,8 +351,8 @@ def output_folder(options):
     busy = f"another train.py is writing to {folder}: wait for it, or pass another --output_path"
     with dataReader.locked(folder, busy):
         written = [path for path in folder.iterdir() if WRITTEN.fullmatch(path.name)]
-        weights = [path for path in written if path.suffix == ".safetensors"]
-        if weights and (options.restart or folder / "checkpoint.safetensors" not in weights):
+        saved = [path for path in written if path.suffix == ".safetensors"]
+        if saved and (options.restart or folder / "checkpoint.safetensors" not in saved):
             aside = next(path for path in (folder / f"earlier-{number}"
                                            for number in itertools.count(1)) if not path.exists())
             aside.mkdir()
@@ -357,8 +366,8 @@ def output_folder(options):
 def tensors_by_name(state):
     """All tensors of a State: `G.layers.3.weight`, `D_optimizer.moment1_0`, and so on.
 
-    The optimizers' are there from their first step on. Paddle's own names have the vector's in
-    front, which carries a counter, so that it cannot be used in a file.
+    The optimizers' are there from their first step on. Paddle's names for those begin with the name
+    of the vector, which has a counter in it and differs between runs, so it is cut off.
     """
     tensors = {}
     for prefix, net in (("G", state.generator), ("D", state.discriminator),
@@ -397,7 +406,7 @@ def save(path, state):
 
 
 def read_checkpoint(path, settings, change):
-    """Read (arrays, info); a Problem if it is damaged, or of other settings than may be."""
+    """Read (arrays, info); a Problem if it is damaged, or settings differ that may not."""
     try:
         arrays, found = weightInit.read_tensors(path, "checkpoint")
         info = {name: found[name] for name in (*REMEMBERED, "scaler", "code")}
@@ -406,14 +415,15 @@ def read_checkpoint(path, settings, change):
     except (Problem, KeyError, TypeError, ValueError) as error:
         raise Problem(f"cannot go on from {path}: {error}; {START_OVER}") from error
     different = [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
-    told = ", ".join(f"{name} {old.get(name)} (now {settings.get(name)})" for name in different)
+    difference = ", ".join(
+        f"{name} {old.get(name)} (now {settings.get(name)})" for name in different)
     may_change = CHANGE_IF_TOLD.issuperset(different)
     if different and not (change and may_change):
         hint = "pass --change to go on with them, " if may_change else ""
-        raise Problem(f"the run in {path.parent} has {told}: set it back, {hint}{START_OVER}")
+        raise Problem(f"the run in {path.parent} has {difference}: set it back, {hint}{START_OVER}")
     if different:
-        info["changes"].append(f"iteration {step}: {told}")
-        say(f"changed after iteration {step}: {told}")
+        info["changes"].append(f"iteration {step}: {difference}")
+        say(f"changed after iteration {step}: {difference}")
     if info["code"] != code_digest():
         say(f"the code of network.py or train.py has changed since iteration {step}")
     return arrays, info
@@ -422,7 +432,7 @@ def read_checkpoint(path, settings, change):
 def load(path, state, change):
     """Set a new State to the first process's checkpoint, if there is one.
 
-    With `change` its settings may be others than those of the State, which are kept.
+    With `change` the checkpoint may be of other settings; those of the State are kept then.
     """
     saved = None
     if is_main() and path.exists():
@@ -439,7 +449,7 @@ def load(path, state, change):
     tensors = tensors_by_name(state)
     weightInit.check_shapes(
         arrays, {name: tensor.shape for name, tensor in tensors.items()}, path)
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # in place: weights must stay parts of their vector
         tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
     if info["scaler"]:
         state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
@@ -447,7 +457,7 @@ def load(path, state, change):
         setattr(state, name, info[name])
     if info["batches"] != state.batches:  # of an epoch: go on with a new one
         start, epochs = state.origin
-        epochs_begun = -(-(state.step - start) // info["batches"])
+        epochs_begun = math.ceil((state.step - start) / info["batches"])
         state.origin = (state.step, epochs + epochs_begun)
 
 
@@ -463,7 +473,7 @@ def make_optimizer_state(net, optimizer):
 
 
 # --- losses.csv ----------------------------------------------------------------------------------
-D_WON_AFTER = 300  # iterations in which G gets nowhere
+D_WON_AFTER = 300  # hopeless iterations, after which it is said, and after as many more again
 
 
 def read_row(row):
@@ -480,7 +490,7 @@ def continue_table(path, step):
 
     Returns what is left, `read_row` of all rows one after another: the curves are drawn from it.
     """
-    history = array.array("f")  # a long run's is large
+    history = array("f")  # a long run's is large
     if is_main():
         with open(path if path.exists() else os.devnull, errors="replace") as old, \
                 dataReader.replacing(path) as new:
@@ -493,16 +503,11 @@ def continue_table(path, step):
     return history
 
 
-def d_has_won(history, new):
-    """Whether the last D_WON_AFTER iterations, or twice as many, ..., were all in vain for G.
-
-    In vain is one whose mean D(G(z)) is below 0.01. It is said once: when the number of such
-    iterations in a row passes a multiple of D_WON_AFTER among the last `new` iterations.
-    """
-    fooled = np.flatnonzero(np.frombuffer(history, np.float32)[6::7] >= 0.01)
+def hopeless_iterations(history):
+    """How many of the last iterations in a row had a mean D(G(z)) below 0.01, hopeless for G."""
+    hopeful = np.flatnonzero(np.frombuffer(history, np.float32)[6::7] >= 0.01)
     total = len(history) // 7
-    in_vain = total - 1 - fooled[-1] if len(fooled) else total
-    return in_vain // D_WON_AFTER > max(0, in_vain - new) // D_WON_AFTER
+    return total - 1 - hopeful[-1] if len(hopeful) else total
 
 
 def log(folder, history, pending, state):
@@ -514,12 +519,14 @@ def log(folder, history, pending, state):
     values = paddle.stack(list(pending.values()))
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
-    values = values.numpy() / dist.get_world_size()  # the only place that waits for the device
+    values = values.numpy() / dist.get_world_size()  # waits for the device
+    is_finite = np.isfinite(values).all(axis=1)
+    good = len(values) if is_finite.all() else is_finite.argmin()  # rows before the first bad one
+    places = list(pending)
     rows = []
-    for (step, epoch, batch), losses in zip(pending, values, strict=True):
-        if not np.isfinite(losses).all():
-            break
-        rows.append(f"{step},{epoch},{batch}," + ",".join(f"{loss:.6g}" for loss in losses) + "\n")
+    for (step, epoch, batch), losses in zip(places[:good], values[:good], strict=True):
+        cells = ",".join(f"{value:.6g}" for value in losses)
+        rows.append(f"{step},{epoch},{batch},{cells}\n")
         history.extend(read_row(rows[-1]))
     if is_main():
         try:
@@ -527,13 +534,15 @@ def log(folder, history, pending, state):
                 file.writelines(rows)
         except OSError as error:
             raise Problem(f"cannot write {folder / 'losses.csv'}: {error.strerror}") from error
-    if len(rows) < len(values):
+    if good < len(values):
         try_to_write(draw_curves, folder / "losses.png", history)
-        raise Problem(f"the loss of iteration {step} is not finite; {advice(state)}")
-    if d_has_won(history, len(rows)) and is_main():
-        say(f"iteration {step}: D has won, its mean verdict on faces, D(G(z)), stayed below 0.01"
-            f" for {D_WON_AFTER} iterations: stop (Ctrl-C), and {advice(state)}")
-    return losses
+        raise Problem(f"the loss of iteration {places[good][0]} is not finite; {advice(state)}")
+    hopeless = hopeless_iterations(history)
+    is_news = hopeless // D_WON_AFTER > max(0, hopeless - len(rows)) // D_WON_AFTER
+    if is_news and is_main():
+        say(f"iteration {places[-1][0]}: D has won, its mean verdict on faces, D(G(z)), stayed"
+            f" below 0.01 for {hopeless} iterations: stop (Ctrl-C), and {advice(state)}")
+    return values[-1]
 
 
 def advice(state):
@@ -555,17 +564,20 @@ def try_to_write(write, path, *args):
             say(f"{path} could not be written: {error}")
 
 
-def draw_training_images(path, reader, augment):
-    """Draw 100 images of the first epoch as D sees them, mirrored or augmented."""
-    batches = [reader.batch(1, number)
-               for number in range(min(len(reader), -(-100 // reader.batch_size)))]
-    images = np.concatenate(batches)[:100]
-    if augment:
+GRID = 100    # faces of a grid
+COLUMNS = 10  # of them, in a row
+
+
+def draw_training_images(path, reader, is_augmented):
+    """Draw the first images of the first epoch as D sees them, mirrored or augmented."""
+    count = min(len(reader), math.ceil(GRID / reader.batch_size))
+    images = np.concatenate([reader.batch(1, number) for number in range(count)])[:GRID]
+    if is_augmented:
         draws = network.latent([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
         scaled = paddle.to_tensor(images / np.float32(127.5) - 1)
         varied = network.augment(scaled, paddle.to_tensor(draws)).numpy()
         images = (varied * 127.5 + 128).clip(0, 255).astype(np.uint8)
-    dataReader.save_png(path, dataReader.grid(images))
+    dataReader.save_png(path, dataReader.grid(images, COLUMNS))
 
 
 def draw_curves(path, history):
@@ -576,6 +588,7 @@ def draw_curves(path, history):
     """
     if not history:
         return
+    D_LOSS, G_LOSS, D_REAL, D_FAKE = 1, 2, 3, 4  # columns, beside the iteration in column 0
     table = np.array(history).reshape(-1, 7)[:, [0, 3, 4, 5, 6]]
     starts = np.arange(0, len(table), 1 + len(table) // 1000)
     lengths = np.diff([*starts, len(table)])[:, None]
@@ -587,15 +600,15 @@ def draw_curves(path, history):
     with dataReader.figure_file(path, (9, 8), 120) as figure:
         above, below = figure.subplots(2, sharex=True)
         for axes, curve, color, label in (
-                (above, 2, "C0", "generator G"), (above, 1, "C1", "discriminator D"),
-                (below, 3, "C2", "D(x), real images"),
-                (below, 4, "C3", "D(G(z)), generated images")):
+                (above, G_LOSS, "C0", "generator G"), (above, D_LOSS, "C1", "discriminator D"),
+                (below, D_REAL, "C2", "D(x), real images"),
+                (below, D_FAKE, "C3", "D(G(z)), generated images")):
             axes.fill_between(means[:, 0], lows[:, curve], highs[:, curve], color=color,
                               alpha=0.2, linewidth=0)
             axes.plot(means[:, 0], means[:, curve], color, alpha=0.25, linewidth=0.5)
             axes.plot(smooth[:, 0], smooth[:, curve], color, label=label)
             axes.legend(loc="lower left")
-        top = np.quantile(table[:, 1:3], 0.95)  # no spikes
+        top = np.quantile(table[:, [D_LOSS, G_LOSS]], 0.95)  # no spikes
         above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
                   ylim=(0, 1.3 * max(1, top)))
         below.set(title="What the discriminator takes for real", ylim=(0, 1), xlabel="iteration",
@@ -606,8 +619,9 @@ def draw_progress(path, state):
     """Draw progress.gif: the first 6×6 faces of 60 grids at most."""
     paths = [path.with_name(f"{name}.png") for name in state.grids]
     paths = [grid for grid in paths if grid.exists()]
-    shown = paths[::-(1 + len(paths) // 60)][::-1]  # the last one always
-    side = 6 * (state.settings["image_size"] + 2) + 2
+    every = 1 + len(paths) // 60
+    shown = paths[(len(paths) - 1) % every::every]  # the last one always
+    side = 6 * (state.settings["image_size"] + 2) + 2  # with the white lines of `dataReader.grid`
     frames = [dataReader.read_image(grid).crop((0, 0, side, side)) for grid in shown]
     if frames:
         dataReader.save_gif(path, frames, 150, 2000)
@@ -623,29 +637,29 @@ def sample(folder, state, keep, batches):
     noise = state.settings["noise"]
     network.estimate_statistics(state.average, noise, batches)
     name = state.grids[-1]
-    faces = dataReader.grid(draw_hundred(state))
+    faces = dataReader.grid(draw_shown(state), COLUMNS)
     try_to_write(dataReader.save_png, folder / f"{name}.png", faces)
     try_to_write(network.save_generator, folder / f"{name}.safetensors",
                  state.average, None, noise, state.step)
     every = 1
-    while -(-len(state.grids) // every) > keep:
+    while math.ceil(len(state.grids) / every) > keep:
         every *= 2
-    for number, name in enumerate(state.grids[:-1], 1):
+    for number, earlier in enumerate(state.grids[:-1], 1):
         if number % every and is_main():
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+            (folder / f"{earlier}.safetensors").unlink(missing_ok=True)
 
 
-def draw_hundred(state):
-    """Draw faces 0 to 99 of the run's seed by the averaged generator, uint8 `[100, 3, S, S]`."""
+def draw_shown(state):
+    """Draw the first faces of the run's seed by the averaged generator, uint8 `[100, 3, S, S]`."""
     settings = state.settings
-    z = network.face_latents(settings["seed"], range(100), settings["z_dim"], settings["noise"])
+    z = network.face_latents(settings["seed"], range(GRID), settings["z_dim"], settings["noise"])
     return network.draw_faces(state.average, z)
 
 
 def draw_comparison(path, reader, state):
     """Draw real_vs_fake.png: training images beside generated ones (§5)."""
     dataReader.save_grids(
-        path, Real_faces=reader.sample(100), Generated_faces=draw_hundred(state))
+        path, Real_faces=reader.sample(GRID), Generated_faces=draw_shown(state))
 
 
 def write_results(folder, state, history):
@@ -664,7 +678,7 @@ def noted_signals():
 
     SIGHUP comes when a terminal closes, unless nohup has it ignored, SIGUSR1 from Slurm.
     """
-    def note(number, _):  # when Paddle's present call returns, in seconds on a CPU
+    def note(number, _):  # called once Paddle's running call has returned: seconds later, maybe
         noted.append(number)
         if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -735,13 +749,13 @@ def train_until(total, folder, state, reader, options, history, signals):
     """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
     images_per_step = options.batch_size * reader.world_size
     pending = {}  # what `iterate` returned, by (step, epoch, batch), until the next log
-    next_save = 0.0  # seconds of time.monotonic: the first log saves
+    next_save = 0.0  # seconds of time.monotonic: the first log saves, to find what hinders early
     with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
               initial=state.step * images_per_step, disable=not is_main()) as bar:
         while state.step < total:
             epoch, batch = state.next_batch()
             state.step += 1
-            # A schedule is a line here: state.generator_optimizer.set_lr(...), by state.step.
+            # For a schedule, call both optimizers' set_lr here, by state.step: then it resumes too.
             images = to_device(reader.batch(epoch + 1, batch))
             z, draws = random_numbers(options, state.step, reader.rank)
             pending[state.step, epoch + 1, batch + 1] = iterate(
@@ -754,7 +768,9 @@ def train_until(total, folder, state, reader, options, history, signals):
             is_last = state.step == total
             is_stopped = bool(signals)
             sample_now = is_last or state.step % options.sample_every == 0
-            if not (sample_now or is_stopped or state.step % options.log_every == 0):
+            # what else is to be done after some iteration belongs in here: first comes the log
+            log_now = sample_now or is_stopped or state.step % options.log_every == 0
+            if not log_now:
                 continue
             losses = log(folder, history, pending, state)
             images_seen = len(pending) * images_per_step
@@ -770,17 +786,17 @@ def train_until(total, folder, state, reader, options, history, signals):
                 next_save = time.monotonic() + 60 * options.save_minutes
             if sample_now:
                 try_to_write(draw_progress, folder / "progress.gif", state)
-            bar.update(images_seen)  # what is said comes after what is saved: it may not be heard
+            bar.update(images_seen)  # after saving, since the terminal may be gone
             where = f"epoch {epoch + 1}/{options.epochs} it {state.step}/{total}"
             bar.set_description(where, refresh=False)
             bar.set_postfix_str("D {:.3f} G {:.3f} D(x) {:.2f} D(G(z)) {:.2f}".format(*losses))
-            if is_stopped:
+            if is_stopped and not is_last:
                 say(f"stopped after iteration {state.step}, which is saved: the same command"
                     " (without --restart) goes on")
                 raise SystemExit(128 + signals[0])
 
 
-def main():
+def main():  # the settings above are the flags; ALLOWED and DEMO say more about them
     train(dataReader.command_line(globals()))
 
 
