@@ -35,7 +35,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,19 +89,15 @@ real = functools.partial(numeric, float)
 
 
 def one_of(*choices):
-    """A Kind of a few values, all of them texts or all whole numbers."""
-    any_such = whole() if isinstance(choices[0], int) else TEXT
-
+    """The Kind of a few values of one type."""
     def convert(value):
-        return choices[choices.index(any_such.convert(value))]
-
-    return Kind(f"one of {', '.join(map(str, choices))}", convert, any_such.flag)
-
-
-def as_bool(value):
-    if value not in (True, False):  # 0 and 1 are; a text is not, or "False" would be true
+        for choice in choices:
+            if value in (choice, str(choice)):
+                return choice
         raise ValueError
-    return bool(value)
+
+    names = ", ".join(map(str, choices))
+    return Kind(f"one of {names}", convert, {"metavar": type(choices[0]).__name__})
 
 
 def as_path(value):
@@ -112,9 +107,11 @@ def as_path(value):
     return os.path.expanduser(path)  # ~ is the home folder
 
 
-YES_NO = Kind("True or False", as_bool, {"action": argparse.BooleanOptionalAction})
+YES_NO = Kind("True or False", one_of(True, False).convert,
+              {"action": argparse.BooleanOptionalAction})
 TEXT = Kind("a text", str, {"metavar": "str"})
 PATH = Kind("a path", as_path, {"metavar": "path"})
+KINDS = {bool: YES_NO, int: whole(), float: real(), str: TEXT}  # of what ALLOWED does not name
 
 # --- what the settings above may be, and what --demo stands for ----------------------------------
 ALLOWED = {"data_path": PATH, "image_size": one_of(*SIZES), "seed": whole(0, 2**32),
@@ -122,30 +119,37 @@ ALLOWED = {"data_path": PATH, "image_size": one_of(*SIZES), "seed": whole(0, 2**
 DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output"}
 
 
-def kind_of(value):
-    """The Kind of a setting that ALLOWED does not name, by its value; None if it can be no flag."""
-    for types, kind in (
-            ((bool, np.bool_), YES_NO), (Integral, whole()), (Real, real()), (str, TEXT)):
-        if isinstance(value, types):
-            return kind
-    return None
-
-
 def read_settings(path):
     """What a script assigns in its section "settings": a dict from name to (line, comment)."""
     with tokenize.open(path) as file:  # which heeds a line like `# coding: gbk`
         above, _, below = file.read().partition("\n# --- settings")
-    # with as many lines above it as in the file, so that each keeps its number
-    section = "\n" * above.count("\n") + "\n#" + below.partition("\n# ---")[0]
-    comments = {token.start[0]: token.string.lstrip("# ")
-                for token in tokenize.generate_tokens(io.StringIO(section).readline)
-                if token.type == tokenize.COMMENT}
+    section = "#" + below.partition("\n# ---")[0]
+    lines_above = above.count("\n") + 1
     settings = {}
     for statement in ast.parse(section).body:
+        last_line = section.splitlines()[statement.end_lineno - 1]
+        comment = last_line.partition("#")[2].strip()
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                settings[node.id] = (node.lineno, comments.get(statement.end_lineno, ""))
+                settings[node.id] = (lines_above + node.lineno, comment)
     return settings
+
+
+def flag_parser(script, settings, kinds):
+    """The argparse parser with a flag for each of `kinds`, a dict from name to Kind."""
+    parser = argparse.ArgumentParser(
+        description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)  # a flag that is not given is not in the result
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    for name, kind in kinds.items():
+        _, comment = settings.get(name, (0, "not set in the file"))
+        text = f"{comment} (default: {script.get(name)})".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=text, **kind.flag)
+    stands_for = " ".join(f"--{name} {value}" for name, value in script["DEMO"].items())
+    parser.add_argument("--demo", action="store_true", default=False,
+                        help=f"{stands_for}; flags beside it count more")
+    return parser
 
 
 def command_line(script):
@@ -156,37 +160,24 @@ def command_line(script):
     `DEMO` has the settings that --demo stands for. A value that cannot be meant, in the file or of
     a flag, ends the process with one line and status 2.
     """
-    parser = argparse.ArgumentParser(
-        description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--flag value ...]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
-    settings = {name: place for name, place in read_settings(script["__file__"]).items()
-                if name in script}
-    kinds = {name: kind_of(script[name]) for name in settings} | script["ALLOWED"]
+    settings = read_settings(script["__file__"])
+    kinds = {name: KINDS.get(type(script.get(name))) for name in settings} | script["ALLOWED"]
     for name, (line, _) in settings.items():
         if kinds[name] is None or name in ("demo", "help"):
-            say(f"{parser.prog}: line {line}: {name} cannot be a flag, it can only be edited")
+            say(f"{Path(sys.argv[0]).name}: line {line}: {name} cannot be a flag, it can only be"
+                " edited")
             del kinds[name]
-    for name, kind in kinds.items():
-        _, text = settings.get(name, (0, "not set in the file"))
-        text = f"{text} (default: {script.get(name)})".replace("%", "%%")
-        parser.add_argument(f"--{name}", help=text, **kind.flag)
-    stands_for = " ".join(f"--{name} {value}" for name, value in script["DEMO"].items())
-    parser.add_argument("--demo", action="store_true", default=False,
-                        help=f"{stands_for}; flags beside it count more")
+    parser = flag_parser(script, settings, kinds)
     given = vars(parser.parse_args())
-
     options = argparse.Namespace(demo=given.pop("demo"))
     for name, kind in kinds.items():
+        place, value = name, script.get(name)
         if name in given:
             place, value = f"--{name}", given[name]
         elif options.demo and name in script["DEMO"]:
             place, value = f"{name} in DEMO", script["DEMO"][name]
-        elif name in settings:
-            place, value = f"line {settings[name][0]}: {name}", script[name]
-        else:
-            parser.error(f"{name} is not among the settings in the file; it must be {kind.words}")
+        elif name in settings:  # or else it has been commented out
+            place = f"line {settings[name][0]}: {name}"
         try:
             setattr(options, name, kind.convert(value))
         except (TypeError, ValueError):
