@@ -210,27 +210,9 @@ class Messages:
         return getattr(self.stream, name)
 
 
-def run_script(main):
-    """Call a script's `main`; what is no mistake of the code ends in one line and status 1."""
-    sys.stdout = Messages(sys.stdout)
-    sys.stderr = Messages(sys.stderr)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see the top of this file
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main()
-    except KeyboardInterrupt:
-        say(f"{Path(sys.argv[0]).name}: interrupted")
-        sys.exit(130)
-    except Exception as error:
-        line = error_line(error)
-        if line is None:
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {printable(line)}")
-
-
 def report(kind, error, trace):
-    """One line in place of a traceback, if what failed before `main` is no mistake of the code."""
-    line = error_line(error)
+    """What Python calls at an error that ends it: one line, unless it is a mistake of the code."""
+    line = "interrupted" if kind is KeyboardInterrupt else error_line(error)
     if line is None:
         sys.__excepthook__(kind, error, trace)
     else:
@@ -239,6 +221,16 @@ def report(kind, error, trace):
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script loads: see the top of this file
     sys.excepthook = report
+
+
+def run_script(main):
+    """Call a script's `main`; what is no mistake of the code ends in one line and status 1."""
+    sys.stdout = Messages(sys.stdout)
+    sys.stderr = Messages(sys.stderr)
+    sys.excepthook = report
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # all has been loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
 
 
 def error_line(error):
