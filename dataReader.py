@@ -21,6 +21,7 @@ if (signal.getsignal(signal.SIGINT) is signal.default_int_handler
 import argparse
 import ast
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -51,6 +52,7 @@ output_path = "Output"  # where training_images.png is written
 
 # --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
+CHANNELS = 3           # of an image: red, green, blue
 NO_MEMORY = re.compile(  # texts of Paddle, C++, oneDNN, CUDA, Python, the kernel and its loader
     "ResourceExhausted|bad_alloc|create a memory object|[Oo]ut of memory|start new thread|"
     "Cannot allocate memory|failed to map segment|MemoryError")
@@ -301,8 +303,6 @@ def locked(folder, refusal=None):
 
     If another one has it: a Problem with the text `refusal`, or else its end is waited for.
     """
-    import fcntl  # Windows has none, and is told so above
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -342,25 +342,17 @@ def replacing(path, sync=True):
         temporary.unlink(missing_ok=True)
 
 
-def in_threads(function, items, title, threads, reasons=None):
+def in_threads(function, items, title, threads, reasons):
     """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar.
 
-    An item that raises anything but a Problem or MemoryError, as PIL may, is named and left out;
-    `reasons`, a Counter, counts why. Warnings are printed with the item.
+    An item that raises an error, as PIL may any, is left out: see `leave_out`.
     """
-    at_work = threading.local()
-
     def attempt(item):
-        at_work.item = item
+        threading.current_thread().item = item
         return function(item)
 
-    def show_warning(message, *_):
-        say(f"{getattr(at_work, 'item', title)}: {message}")
-
     bar = tqdm(total=len(items), desc=title, unit="img")
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, bar:
-        warnings.showwarning = show_warning
-        warnings.simplefilter("always", UserWarning)  # not of equal ones the first file's only
+    with warnings_of_items(), ThreadPoolExecutor(threads) as pool, bar:
         try:
             # a thousand at a time, so that few results wait for their turn
             for start in range(0, len(items), 1000):
@@ -370,24 +362,43 @@ def in_threads(function, items, title, threads, reasons=None):
                     error = future.exception()
                     if error is None:
                         yield future.result()
-                    elif isinstance(error, Problem):
-                        raise error
-                    elif isinstance(error, MemoryError):
-                        raise Problem(f"memory ran out at {item}: end other programs, or move that"
-                                      " file elsewhere") from error
                     else:
-                        text = getattr(error, "strerror", None) or str(error)
-                        reason = text or type(error).__name__
-                        say(f"skipped {item}: {reason}")
-                        if reasons is not None:  # counted without what differs
-                            reasons[re.split(r" \(| '| for file|: ", reason)[0]] += 1
+                        leave_out(item, error, reasons)
                     bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
 
 
+@contextlib.contextmanager
+def warnings_of_items():
+    """Print warnings meanwhile, each with the item that its thread of `in_threads` works on."""
+    def show_warning(message, *_):
+        item = getattr(threading.current_thread(), "item", "warning")
+        say(f"{item}: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        warnings.simplefilter("always", UserWarning)  # not of equal ones the first file's only
+        yield
+
+
+def leave_out(item, error, reasons):
+    """Name an item that raised an error, and count the reason in `reasons`, a Counter.
+
+    A Problem is raised if that is no fault of the item.
+    """
+    if isinstance(error, Problem):
+        raise error
+    if isinstance(error, MemoryError):
+        raise Problem(f"memory ran out at {item}: end other programs, or move that file"
+                      " elsewhere") from error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    say(f"skipped {item}: {reason}")
+    reasons[re.split(r" \(| '| for file|: ", reason)[0]] += 1  # without what differs
+
+
 def none_could_be_used(reasons):
-    """What to say of files that were all left out, by the Counter that `in_threads` has filled."""
+    """What to say of files that were all left out, by the Counter that `leave_out` has filled."""
     counted = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
     return f"no file could be used, of {sum(reasons.values())}: {counted}"
 
@@ -425,7 +436,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "HEIF", "AVIF", "
 LARGE = 2**25  # pixels of an image that is decoded while no other large one is, at most
 BYTES_PER_PIXEL = 16  # at most, while an image is decoded and converted
 one_large_image = threading.Lock()
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # by EXIF orientation
+# by EXIF's orientation; ImageOps.exif_transpose fails where it cannot write other metadata again
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
@@ -469,7 +481,11 @@ def read_image(source):
     try:
         image = Image.open(source, formats=formats())
     except UnidentifiedImageError as error:
-        raise ValueError(unidentified(source)) from error
+        reason = "cannot identify image file"
+        name = str(getattr(source, "name", source))  # of a file in a zip, or of a path
+        if name.lower().endswith((".heic", ".heif")):
+            reason = "HEIC, for which you need `python -m pip install pillow-heif`"
+        raise ValueError(reason) from error
     with image:
         pixels = image.width * image.height
         if pixels > most_pixels():
@@ -483,19 +499,6 @@ def read_image(source):
         with one_large_image if is_large else contextlib.nullcontext():
             image.load()
             return to_rgb(image)
-
-
-def unidentified(source):
-    """Why Pillow cannot open what is no image to it."""
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            start = file.read(12)
-    else:
-        source.seek(0)
-        start = source.read(12)
-    if re.match(rb".{4}ftyp(hei|hev|mif1|msf1)", start, re.DOTALL):
-        return "HEIC, for which you need `python -m pip install pillow-heif`"
-    return "cannot identify image file"
 
 
 def to_rgb(image):
@@ -522,17 +525,13 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-@functools.lru_cache(16)  # a camera's photos have all the same
+@functools.lru_cache(16)  # to build one takes 5 ms, and a camera's photos have all the same
 def to_srgb(profile, mode):
-    """The transform from an ICC profile to sRGB, or None if it changes no colour by 3 levels."""
+    """The transform from an ICC profile, its bytes, to sRGB; None if that is what it says it is."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    if mode == "RGB":
-        colours = np.mgrid[0:256:15, 0:256:15, 0:256:15].reshape(1, -1, 3).astype(np.uint8)
-        converted = np.asarray(transform.apply(Image.fromarray(colours))).astype(int)
-        if abs(converted - colours).max() < 3:
-            return None
-    return transform
+    if "sRGB" in ImageCms.getProfileDescription(source):
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def to_8_bits(image):
@@ -555,18 +554,10 @@ def to_8_bits(image):
     return Image.fromarray(pixels)
 
 
-def is_nearly_black(image):
-    """Whether no level of an RGB image is 16 or more."""
-    if max(image.getpixel((image.width // 2, image.height // 2))) >= 16:  # of most, far sooner
-        return False
-    return max(high for _, high in image.getextrema()) < 16
-
-
-def name_nearly_black(names):
-    """Say which images of a set came out so dark that their levels may have been misread."""
-    if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        say(f"nearly black: {', '.join(sorted(names)[:10])}{more}")
+def warn_if_black(image):
+    """Warn of an RGB image without a level of 16 or more: its levels may have been misread."""
+    if max(high for _, high in image.getextrema()) < 16:
+        warnings.warn("it is nearly black", stacklevel=2)
 
 
 def grid(images, columns=None):
@@ -694,62 +685,49 @@ def packed(folder, size):
     times, so that a change is noticed and all are packed anew, DIGEST is that of the pixels. Raises
     a Problem if there is no folder or no image in it, or the file is damaged or cannot be written.
     """
+    without_images = (f"{folder} is no folder of images: run `python pretreat.py` on CelebA's"
+                      " photos, or `python pretreat.py --demo`, which needs no download")
     if not folder.is_dir():
-        raise no_images(folder)
+        raise Problem(without_images)
     with locked(folder):  # before the files are listed: pretreat.py may be writing more
         files = list_files(folder)
         if not files:
-            raise no_images(folder)
-        state = hashlib.sha1(usedforsecurity=False)
+            raise Problem(without_images)
+        facts = hashlib.sha1(usedforsecurity=False)
         for name in files:
             with contextlib.suppress(OSError):  # it will be named when it is read
                 info = os.stat(f"{folder}/{name}")
-                state.update(os.fsencode(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0"))
-        prefix = f".faces-{size}-{state.hexdigest()[:16]}"
-        if not list(folder.glob(f"{prefix}-*.npy")):
-            remove_packed(folder, size)
-            pack(folder, files, size, prefix)
-        path = next(folder.glob(f"{prefix}-*.npy"))
+                facts.update(os.fsencode(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\0"))
+        state = facts.hexdigest()[:16]
+        if not list(folder.glob(f".faces-{size}-{state}-*.npy")):
+            for old in folder.glob(f".faces-{size}-{'[0-9a-f]' * 16}-{'?' * 40}.npy"):
+                old.unlink()
+            pack(folder, files, size, state)
+        path = next(folder.glob(f".faces-{size}-{state}-*.npy"))
         try:  # here, as another process that gets the lock may remove it
             return np.load(path, mmap_mode="r"), path.stem.split("-")[-1]
         except (ValueError, EOFError) as error:
             raise Problem(f"{path} is damaged: remove it, it will be made again") from error
 
 
-def remove_packed(folder, size):
-    """Remove a folder's packed files of one size, those that a kill left half written too."""
-    ours = re.compile(rf"(\.\.|\.)faces-{size}-[0-9a-f]{{16}}(-[0-9a-f]+)?\.npy(\.tmp)?")
-    for entry in list(os.scandir(folder)):
-        if ours.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-            os.unlink(entry)
+def pack(folder, files, size, state):
+    """Decode files, in their order, into the folder's `.faces-SIZE-STATE-DIGEST.npy`.
 
-
-def no_images(folder):
-    """The Problem of a folder that has no image in it."""
-    return Problem(f"{folder} is no folder of images: run `python pretreat.py` on CelebA's photos,"
-                   " or `python pretreat.py --demo`, which needs no download")
-
-
-def pack(folder, files, size, prefix):
-    """Decode files, in their order, into `PREFIX-DIGEST.npy`; name those that are no images.
-
-    Raises a Problem if none is.
+    Those that are no images are named; raises a Problem if none is.
     """
     def decode(path):
         image = ImageOps.fit(read_image(path), (size, size), Image.Resampling.BILINEAR)
-        if is_nearly_black(image):
-            dark.append(path)
+        warn_if_black(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def write_header(count):  # NumPy leaves room in it for any number
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)})
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": "|u1", "fortran_order": False, "shape": (count, CHANNELS, size, size)})
 
     count = 0
-    dark = []
     reasons = Counter()
     digest = hashlib.sha1(usedforsecurity=False)
-    unnamed = folder / f"{prefix}.npy"  # gets its final name when the digest is known
+    unnamed = folder / f".faces-{size}.npy"  # gets its final name when the digest is known
     with replacing(unnamed) as file:
         write_header(0)
         paths = [f"{folder}/{name}" for name in files]
@@ -761,8 +739,7 @@ def pack(folder, files, size, prefix):
             raise Problem(f"{folder}: {none_could_be_used(reasons)}")
         file.seek(0)
         write_header(count)
-    name_nearly_black(dark)
-    unnamed.rename(folder / f"{prefix}-{digest.hexdigest()}.npy")
+    unnamed.rename(folder / f".faces-{size}-{state}-{digest.hexdigest()}.npy")
 
 
 def check_outside(folder, data):

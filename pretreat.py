@@ -365,18 +365,16 @@ def crop_all(photos, folder, size, threads, find_faces=False):
             return 0
         image = dataReader.read_image(photo.get_file())
         crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-        if crops and dataReader.is_nearly_black(crops[0]):
-            dark.append(path)
+        if crops:
+            dataReader.warn_if_black(crops[0])
         return replace_crops(output, photo, old, crops, text)
 
     output = Output(folder, size, find_faces, there={
         entry.name for entry in os.scandir(folder)
         if entry.name.endswith(".png") and entry.is_file()})
     check_size(output)
-    dark = []
     reasons = Counter()
     written = list(dataReader.in_threads(crop, list(photos), "cropping", threads, reasons))
-    dataReader.name_nearly_black(dark)
     print(f"{folder}: {sum(written)} written, {written.count(0)} already there,"
           f" {len(photos) - len(written)} skipped;"
           f" {len(list(folder.glob('*.png')))} images in all")  # which train.py would learn from
@@ -415,7 +413,7 @@ def make_demo_photos(folder, threads):
 
     paths = (folder / f"{number:04d}.jpg" for number in range(2000))
     todo = [path for path in paths if not path.exists()]
-    list(dataReader.in_threads(draw, todo, f"making {folder}", threads))
+    list(dataReader.in_threads(draw, todo, f"making {folder}", threads, Counter()))
 
 
 def main():

@@ -298,8 +298,8 @@ def make_packed(folder, count):
     The images are empty files, since only names, sizes and times are looked at. The packed file is
     sparse: zeros that take no disk, and as much time and memory as others.
     """
-    def pack(folder, files, size, name):
-        with open(folder / f"{name}-0.npy", "wb") as file:
+    def pack(folder, files, size, state):
+        with open(folder / f".faces-{size}-{state}-0.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(file, {
                 "descr": "|u1", "fortran_order": False, "shape": (len(files), 3, size, size)})
             file.truncate(file.tell() + len(files) * 3 * size * size)
