@@ -20,7 +20,6 @@ import itertools
 import os
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -247,37 +246,67 @@ def unreadable_zip(source, reason):
                    " it, and pass the folder as --input")
 
 
-def is_whole(png):
-    """Whether the bytes of a PNG end where they should, with all checksums right."""
-    at = 8  # behind the signature; then come chunks: length, kind, data, checksum
-    while at < len(png):
-        end = at + 8 + int.from_bytes(png[at:at + 4], "big")
-        if zlib.crc32(png[at + 4:end]) != int.from_bytes(png[end:end + 4], "big"):
-            return False
-        at = end + 4
-    return png.endswith(b"IEND\xaeB`\x82")
+# --- the folder of crops -------------------------------------------------------------------------
+# A crop of another format needs another suffix, `save_png` and `origin_of`.
+SUFFIX = ".png"
+
+
+class Output(NamedTuple):
+    """A folder of crops."""
+
+    folder: Path
+    size: int         # height and width of a crop, pixels
+    find_faces: bool  # whether a photo may have several
+    there: set        # names of the crops that are in it, and of the user's own files like them
 
 
 def origin_of(crop):
     """What a crop's file says of its photo; "" if it is no file of ours.
 
-    None if it is not whole: copies may be cut, and a power cut leaves nothing, or zeros.
+    None if it is damaged: copies may be cut, and a power cut leaves nothing, or zeros.
     """
-    with open(crop, "rb", buffering=0) as file:
-        data = file.read()
-    if not data.strip(b"\0"):
-        return None
-    # save_png has its text as the second chunk, behind the signature's 8 bytes and the header's 25
-    length = int.from_bytes(data[33:37], "big")
-    kind, _, text = data[37:41 + length].decode("latin-1").partition("\0")
-    if kind != "tEXtorigin" or not re.fullmatch(r"\d+ [0-9a-f]{40} \S*", text):
-        return ""
-    return text if is_whole(data) else None
+    text = ""
+    try:
+        with Image.open(crop, formats=["PNG"]) as image:
+            text = image.info.get("origin", "")
+            if not re.fullmatch(r"\d+ [0-9a-f]{40} \S*", text):
+                return ""
+            image.verify()  # all checksums
+    except Exception:  # PIL's are of many kinds
+        is_empty = not crop.read_bytes().strip(b"\0")
+        return None if text or is_empty else ""
+    return text
 
 
-def is_of_another(photo, origin):
-    """Whether a crop of this `origin_of` is not the Photo's: another's, or a file of the user's."""
-    return origin is not None and photo.origin not in origin  # None: who knows, it is damaged
+def check_size(output):
+    """Raise a Problem if the crops that are there have another size, by the first with a text."""
+    for file in output.there:
+        origin = origin_of(output.folder / file)
+        if origin:
+            found, _, _ = origin.partition(" ")
+            if found != str(output.size):
+                raise Problem(f"{output.folder} holds crops of {found}×{found}, not {output.size}×"
+                              f"{output.size}: pass another --output, or remove it")
+            return
+
+
+def crop_files(output, name):
+    """Yield the files of a photo's crops: NAME.png, or NAME-face1.png, NAME-face2.png and so on."""
+    if output.find_faces:
+        for number in itertools.count(1):
+            yield f"{name}-face{number}{SUFFIX}"
+    yield name + SUFFIX
+
+
+def old_crops(output, name):
+    """The crops of that name that are there: a dict from file to its `origin_of`, in order."""
+    files = itertools.takewhile(output.there.__contains__, crop_files(output, name))
+    return {file: origin_of(output.folder / file) for file in files}
+
+
+def is_of(photo, origin):
+    """Whether a crop of this `origin_of` may be the Photo's: it says so, or is damaged."""
+    return origin is None or photo.origin in origin
 
 
 def shows(file, image):
@@ -288,61 +317,31 @@ def shows(file, image):
         return False
 
 
-class Output(NamedTuple):
-    """A folder of crops."""
+def update_crops(output, photo, get_crops):
+    """Write a Photo's crops, which are what `get_crops` returns, unless they are there.
 
-    folder: Path
-    size: int         # height and width of a crop, pixels
-    find_faces: bool  # whether a photo may have several
-    there: set        # names of the PNGs that are in it
-
-
-def crop_files(output, name):
-    """Yield the files of a photo's crops: NAME.png, or NAME-face1.png, NAME-face2.png and so on."""
-    if output.find_faces:
-        for number in itertools.count(1):
-            yield f"{name}-face{number}.png"
-    yield f"{name}.png"
-
-
-def name_in(output, photo):
-    """The name of a Photo's crops: its own name if they have it already."""
-    has_own = next(crop_files(output, photo.own_name)) in output.there
-    return photo.own_name if has_own else photo.name
-
-
-def old_crops(output, photo):
-    """The crops that have a Photo's name, a dict from file to its `origin_of`, the first first."""
-    files = itertools.takewhile(
-        output.there.__contains__, crop_files(output, name_in(output, photo)))
-    return {file: origin_of(output.folder / file) for file in files}
-
-
-def check_size(output):
-    """Raise a Problem if the crops that are there have another size, by the first with a text."""
-    origins = (origin_of(output.folder / file) for file in output.there)
-    found = next(filter(None, origins), f"{output.size} ").split()[0]
-    if found != str(output.size):
-        raise Problem(f"{output.folder} holds crops of {found}×{found}, not {output.size}×"
-                      f"{output.size}: pass another --output, or remove it")
-
-
-def replace_crops(output, photo, old, crops, text):
-    """Write a Photo's crops in place of its `old` ones; return their number, 0 if they were there.
-
-    What is of another photo stays, and these get another name. Raises a ValueError without crops.
+    What is of another photo stays, and these get another name. Returns how many were written, 0 if
+    they were there. Raises a ValueError without crops.
     """
-    name = name_in(output, photo)
+    text = f"{output.size} {photo.origin} {photo.state}"
+    name = photo.own_name
+    old = old_crops(output, name)
+    if not old:
+        name = photo.name
+        old = old_crops(output, name)
+    if old and set(old.values()) == {text}:
+        return 0
+    crops = get_crops()
     first = next(crop_files(output, name))
-    is_there = first in old and bool(crops) and shows(output.folder / first, crops[0])
-    if first in old and not is_there and is_of_another(photo, old[first]):
+    is_there = bool(old and crops) and shows(output.folder / first, crops[0])
+    if old and not is_there and not is_of(photo, old[first]):
         name = photo.own_name
         old = {}
-    new = list(zip(crops, crop_files(output, name), strict=False))
-    for crop, file in reversed(new):  # the first last: if it is there, all are
+    new = list(zip(crop_files(output, name), crops, strict=False))
+    for file, crop in reversed(new):  # the first last: if it is there, all are
         dataReader.save_png(output.folder / file, crop, quick=True, origin=text)
     for file in reversed(list(old)[len(crops):]):  # there were more before the photo was changed
-        if not is_of_another(photo, old[file]):
+        if is_of(photo, old[file]):
             (output.folder / file).unlink()
     if not crops:
         raise ValueError("no face found")
@@ -358,26 +357,24 @@ def crop_all(photos, folder, size, threads, find_faces=False):
     the folder holds crops of another size or cannot be written, or if no photo gives a crop.
     """
     def crop(path):
-        photo = photos[path]
-        text = f"{size} {photo.origin} {photo.state}"
-        old = old_crops(output, photo)
-        if old and set(old.values()) == {text}:
-            return 0
-        image = dataReader.read_image(photo.get_file())
-        crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-        if crops:
-            dataReader.warn_if_black(crops[0])
-        return replace_crops(output, photo, old, crops, text)
+        def get_crops():
+            image = dataReader.read_image(photos[path].get_file())
+            crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
+            for face in crops:
+                dataReader.warn_if_black(face)
+            return crops
 
-    output = Output(folder, size, find_faces, there={
-        entry.name for entry in os.scandir(folder)
-        if entry.name.endswith(".png") and entry.is_file()})
+        return update_crops(output, photos[path], get_crops)
+
+    there = {entry.name for entry in os.scandir(folder)
+             if entry.name.endswith(SUFFIX) and entry.is_file()}
+    output = Output(folder, size, find_faces, there)
     check_size(output)
     reasons = Counter()
     written = list(dataReader.in_threads(crop, list(photos), "cropping", threads, reasons))
     print(f"{folder}: {sum(written)} written, {written.count(0)} already there,"
           f" {len(photos) - len(written)} skipped;"
-          f" {len(list(folder.glob('*.png')))} images in all")  # which train.py would learn from
+          f" {len(list(folder.glob(f'*{SUFFIX}')))} images in all")  # which train.py would see
     if not photos:
         raise Problem("there is no photo in the input")
     if not written:
