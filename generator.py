@@ -40,14 +40,12 @@ LIMIT = 10**6           # numbers of faces are below: six digits in a file's nam
 
 def face_numbers(value):
     """Read numbers of faces: "3,17,40-42", or [3, 17, "40-42"] → [3, 17, 40, 41, 42]."""
-    if value is None:
+    text = "" if value is None else ",".join(map(str, np.atleast_1d(value)))
+    if not text:
         return []
-    if isinstance(value, str) or not np.iterable(value):
-        value = [value]
-    text = ",".join(map(str, value))
     number = whole(0, LIMIT)
     numbers = []
-    for part in text.split(",") if text else []:
+    for part in text.split(","):
         first, dash, last = part.partition("-")
         start = number.convert(first)
         stop = number.convert(last) if dash else start
@@ -61,8 +59,7 @@ FACES = Kind("numbers of faces below 1,000,000, such as 3,17,40-60", face_number
              {"metavar": "int", "nargs": "+"})
 ALLOWED = {
     "checkpoint": PATH, "raw": YES_NO, "count": whole(1, LIMIT + 1),
-    "seeds": FACES, "seed": whole(0, 2**32), "individual": YES_NO,
-    "interpolate": FACES,
+    "seeds": FACES, "seed": whole(0, 2**32), "individual": YES_NO, "interpolate": FACES,
     "compare": Kind("a path", lambda path: PATH.convert(path) if path else None, PATH.flag),
     "output_path": PATH, "device": one_of("auto", "gpu", "cpu")}
 DEMO = {"checkpoint": "demo/Output/generator.safetensors", "output_path": "demo/Generate"}
@@ -119,10 +116,9 @@ def draw_grid(faces_of, numbers, folder, individual):
                 dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
     picture = dataReader.grid(np.concatenate(shown)[:GRID_MOST])
     dataReader.save_png(folder / "faces.png", enlarge(picture, 1400))
-    if individual:
-        others = len(list(own.glob("*.png"))) - len(set(numbers))
-        if others:
-            say(f"{own} also holds {others} PNGs of other runs")
+    others = len(list(own.glob("*.png"))) - len(set(numbers))
+    if individual and others:
+        say(f"{own} also holds {others} PNGs of other runs")
     return folder / "faces.png"
 
 
