@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+import PIL
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 # --- settings (each is also a flag, e.g. --image_size 128) ---------------------------------------
@@ -480,7 +481,7 @@ def read_image(source):
         raise ValueError("not a regular file")
     try:
         image = Image.open(source, formats=formats())
-    except UnidentifiedImageError as error:
+    except PIL.UnidentifiedImageError as error:
         reason = "cannot identify image file"
         name = str(getattr(source, "name", source))  # of a file in a zip, or of a path
         if name.lower().endswith((".heic", ".heif")):
@@ -614,12 +615,18 @@ def figure_file(path, size, dpi=100):
 
 def save_grids(path, **grids):
     """Draw grids of uint8 `[N, 3, H, W]` side by side, each under its keyword as title (§5)."""
-    with figure_file(path, (7 * len(grids), 7.4)) as figure:
-        panels = figure.subplots(1, len(grids), squeeze=False)[0]
-        for axes, (title, images) in zip(panels, grids.items(), strict=True):
-            axes.imshow(grid(images))
-            axes.set_title(title.replace("_", " "), fontsize=16)
-            axes.axis("off")
+    pictures = {name.replace("_", " "): grid(images) for name, images in grids.items()}
+    height = max(picture.shape[0] for picture in pictures.values())
+    width = max(picture.shape[1] for picture in pictures.values())
+    margin = 40  # above each grid, for its title, and beside it
+    canvas = Image.new("RGB", ((width + margin) * len(pictures), margin + height), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(24)
+    for number, (title, picture) in enumerate(pictures.items()):
+        left = number * (width + margin) + margin // 2
+        draw.text((left + width // 2, margin // 2), title, "black", font, anchor="mm")
+        canvas.paste(Image.fromarray(picture), (left, margin))
+    save_png(path, canvas)
 
 
 # --- the reader ----------------------------------------------------------------------------------
