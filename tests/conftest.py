@@ -21,6 +21,7 @@ WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when Paddle loads: all but test_gpu.py is on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny, and tests run two by two
 importlib.import_module("weightInit")  # loads Paddle as the scripts do, before a test would
+locked = importlib.import_module("dataReader").locked
 
 
 def pytest_addoption(parser):
@@ -73,12 +74,25 @@ def photo(width=178, height=218, mark=0):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder that `make` has filled: once, though pytest-xdist has several processes."""
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        parent = parent.parent
+    finished = parent / f"{name}.finished"
+    with locked(parent):
+        if not finished.exists():
+            (parent / name).mkdir()
+            make(parent / name)
+            finished.touch()
+    return parent / name
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The folder demo that `pretreat.py --demo` makes."""
-    folder = tmp_path_factory.mktemp("demo")
-    run(folder, "pretreat.py", "--demo")
-    return folder / "demo"
+    return made_once(
+        tmp_path_factory, "with_demo", lambda folder: run(folder, "pretreat.py", "--demo")) / "demo"
 
 
 def link_images(source, target, number):
@@ -100,7 +114,8 @@ TINY = ("--width", 8, "--batch_size", 16, "--sample_every", 4, "--log_every", 3)
 @pytest.fixture(scope="session")
 def trained(demo, tmp_path_factory):
     """A folder in which a tiny net has been trained for two epochs of six batches."""
-    folder = tmp_path_factory.mktemp("trained")
-    link_images(demo / "imgs", folder / "imgs", 100)
-    run(folder, "train.py", "--epochs", 2, *TINY)
-    return folder
+    def make(folder):
+        link_images(demo / "imgs", folder / "imgs", 100)
+        run(folder, "train.py", "--epochs", 2, *TINY)
+
+    return made_once(tmp_path_factory, "trained", make)
