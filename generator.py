@@ -11,7 +11,7 @@
 Face number k of a seed is the same face whatever the count, and on any device up to rounding.
 """
 
-import dataReader
+import dataReader  # first: it checks the system, and Paddle 2.6 must not be loaded before Pillow
 import network
 import weightInit
 from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole

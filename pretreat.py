@@ -10,7 +10,7 @@
 A run that was stopped goes on where it was. Files that are no photos are named and left out.
 """
 
-import dataReader
+import dataReader  # first: it checks the system, and lets Ctrl-C end what loads after it
 from dataReader import PATH, YES_NO, Problem, one_of, whole
 
 import contextlib

@@ -7,6 +7,7 @@
 import csv
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored, by all below
 WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when Paddle loads: all but test_gpu.py is on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny, and tests run two by two

@@ -228,8 +228,7 @@ print(sys.argv[1:], weightInit.paddle.distributed.get_rank())""")
 def test_ctrl_c_while_paddle_loads_ends_without_a_word(tmp_path):
     loading = subprocess.Popen(
         [sys.executable, "-c", "import dataReader; print('now', flush=True); import weightInit"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert loading.stdout.readline() == "now\n"
     time.sleep(0.4)
     loading.send_signal(signal.SIGINT)

@@ -27,7 +27,6 @@ def launch(folder, processes, script, *flags):
          *(["--backend", "gloo"] if processes > 1 else []), str(script), *map(str, flags)],
         cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
         env={**env, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
 
 

@@ -580,13 +580,16 @@ def test_full_disk_while_cropping(tmp_path):
 def test_killed_pretreat_continues(tmp_path, demo):
     (tmp_path / "photos").symlink_to(demo / "photos")
     moments = random.Random(0)
-    for _ in range(4):
+    for number in signal.SIGKILL, signal.SIGINT, signal.SIGKILL:
         there = len(list(tmp_path.glob("imgs/*.png")))
         process = start(tmp_path, "pretreat.py", "--input", "photos")
         goal = there + moments.randint(1, 150)
         wait_for(lambda goal=goal: len(list(tmp_path.glob("imgs/*.png"))) >= goal, process)
-        process.kill()
-        process.communicate()
+        process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode == -number
+        assert ("Traceback" in err, err.endswith("pretreat.py: interrupted\n")) == (
+            False, number == signal.SIGINT)
         for path in tmp_path.glob("imgs/*.png"):
             Image.open(path).load()
     assert "already there, 0 skipped" in run(tmp_path, "pretreat.py", "--input", "photos")
