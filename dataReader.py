@@ -256,7 +256,8 @@ def error_line(error):
 def paddle_error_text(error):
     """What an error of Paddle's says, on one line, without its hints and its place in C++."""
     text = re.split("Error Message Summary:|Error message in backward of [^=]*=+", str(error))[-1]
-    return " ".join(re.split(r"\[Hint|\(at |Please check|\bAt:\n", text)[0].strip("- \n").split())
+    sentence = re.split(r"\[Hint|\(at |Please check|\bAt:\n", text)[0]
+    return " ".join(sentence.strip("- \n").split())
 
 
 def printable(text):

@@ -147,15 +147,23 @@ def cut_faces(photo, size):
     scale = max(1, max(photo.size) / searched)
     small = photo.resize([max(1, int(side / scale)) for side in photo.size],
                          Image.Resampling.BILINEAR, reducing_gap=2)
-    kept, crops, pixels = [], [], np.asarray(photo)
-    for face in sorted(find(np.asarray(small)), key=lambda face: -face[2]):
-        x, y, side = (scale * number for number in face[:3])
-        if side >= LEAST_SIDE * size and all(
-                max(abs(x - x0), abs(y - y0)) > SAME_FACE * side0 for x0, y0, side0 in kept):
-            kept.append((x, y, side))
-            square = cut_square(pixels, x, y, side, angle=face[3])
-            crops.append(square.resize((size, size), Image.Resampling.BILINEAR))
-    return crops
+    found = [(scale * x, scale * y, scale * side, angle)
+             for x, y, side, angle in find(np.asarray(small))]
+    kept = []
+    for face in sorted(found, key=lambda face: -face[2]):
+        is_large = face[2] >= LEAST_SIDE * size
+        if is_large and not any(is_same_face(face, other) for other in kept):
+            kept.append(face)
+    pixels = np.asarray(photo)
+    return [cut_square(pixels, *face).resize((size, size), Image.Resampling.BILINEAR)
+            for face in kept]
+
+
+def is_same_face(face, larger):
+    """Whether two findings, (x, y, side, angle) each, are one face's."""
+    x, y, _, _ = face
+    other_x, other_y, side, _ = larger
+    return max(abs(x - other_x), abs(y - other_y)) <= SAME_FACE * side
 
 
 class Photo(NamedTuple):
