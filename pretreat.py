@@ -325,13 +325,14 @@ def shows(file, image):
         return False
 
 
-def update_crops(output, photo, get_crops):
-    """Write a Photo's crops, which are what `get_crops` returns, unless they are there.
+def update_crops(output, photo):
+    """Write a Photo's crops, unless they are there; return how many, 0 if they were there.
 
-    What is of another photo stays, and these get another name. Returns how many were written, 0 if
-    they were there. Raises a ValueError without crops.
+    What is of another photo stays, and these get another name. Raises a ValueError if the photo
+    has none, or whatever `read_image` raises.
     """
-    text = f"{output.size} {photo.origin} {photo.state}"
+    size = output.size
+    text = f"{size} {photo.origin} {photo.state}"
     name = photo.own_name
     old = old_crops(output, name)
     if not old:
@@ -339,7 +340,10 @@ def update_crops(output, photo, get_crops):
         old = old_crops(output, name)
     if old and set(old.values()) == {text}:
         return 0
-    crops = get_crops()
+    image = dataReader.read_image(photo.get_file())
+    crops = cut_faces(image, size) if output.find_faces else [crop_face(image, size)]
+    for crop in crops:
+        dataReader.warn_if_black(crop)
     first = next(crop_files(output, name))
     is_there = bool(old and crops) and shows(output.folder / first, crops[0])
     if old and not is_there and not is_of(photo, old[first]):
@@ -364,22 +368,15 @@ def crop_all(photos, folder, size, threads, find_faces=False):
     that has changed it is cropped again, and of two with one name none is lost. Raises a Problem if
     the folder holds crops of another size or cannot be written, or if no photo gives a crop.
     """
-    def crop(path):
-        def get_crops():
-            image = dataReader.read_image(photos[path].get_file())
-            crops = cut_faces(image, size) if find_faces else [crop_face(image, size)]
-            for face in crops:
-                dataReader.warn_if_black(face)
-            return crops
-
-        return update_crops(output, photos[path], get_crops)
+    def update(path):
+        return update_crops(output, photos[path])
 
     there = {entry.name for entry in os.scandir(folder)
              if entry.name.endswith(SUFFIX) and entry.is_file()}
     output = Output(folder, size, find_faces, there)
     check_size(output)
     reasons = Counter()
-    written = list(dataReader.in_threads(crop, list(photos), "cropping", threads, reasons))
+    written = list(dataReader.in_threads(update, list(photos), "cropping", threads, reasons))
     print(f"{folder}: {sum(written)} written, {written.count(0)} already there,"
           f" {len(photos) - len(written)} skipped;"
           f" {len(list(folder.glob(f'*{SUFFIX}')))} images in all")  # which train.py would see
