@@ -598,7 +598,7 @@ def save_gif(path, frames, wait, rest):
 
 
 @contextlib.contextmanager
-def figure_file(path, size, dpi=100):
+def figure_file(path, size, dpi):
     """Yield a figure of matplotlib's, `size` inches, which is then written to a PNG.
 
     By Agg and with matplotlib's own defaults, whatever the environment or a matplotlibrc says.
@@ -646,14 +646,18 @@ class FaceReader:
     """
 
     def __init__(self, data_path, image_size, batch_size, seed, rank=0, world_size=1, flip=False):
-        self.batch_size, self.seed, self.flip = batch_size, seed, flip
-        self.rank, self.world_size = rank, world_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flip = flip
+        self.rank = rank
+        self.world_size = world_size
         self.epoch_at_hand = None  # whose order is kept, since to draw it takes a while
         self.images, self.digest = packed(Path(data_path), image_size)
         if len(self) == 0:
-            number, most = len(self.images), max(1, len(self.images) // world_size)
-            raise Problem(f"{data_path} has {number} images, too few for a batch of {batch_size}"
-                          f" a process: pass --batch_size {most} or less, or add images")
+            most = max(1, len(self.images) // world_size)
+            raise Problem(f"{data_path} has {len(self.images)} images, too few for a batch of"
+                          f" {batch_size} a process: pass --batch_size {most} or less, or add"
+                          " images")
 
     def __len__(self):
         """Batches per epoch; the last partial batch is dropped."""
