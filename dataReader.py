@@ -233,7 +233,14 @@ def run_script(main):
     sys.excepthook = report
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # all has been loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    main()
+    try:
+        main()
+    except Exception as error:
+        line = error_line(error)
+        if line is None:
+            raise
+        # not left to `report`, since a notebook's %run has a hook of its own
+        sys.exit(f"{Path(sys.argv[0]).name}: {printable(line)}")
 
 
 def error_line(error):
@@ -531,7 +538,7 @@ def to_rgb(image):
 def to_srgb(profile, mode):
     """The transform from an ICC profile, its bytes, to sRGB; None if that is what it says it is."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if "sRGB" in ImageCms.getProfileDescription(source):
+    if ImageCms.getProfileDescription(source).startswith("sRGB"):
         return None
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 

@@ -7,7 +7,7 @@
 """
 
 import weightInit
-from dataReader import SIZES, Problem
+from dataReader import CHANNELS, SIZES, Problem
 from weightInit import bn_initializer, paddle, weight_initializer
 
 import functools
@@ -18,8 +18,6 @@ import numpy as np
 nn = paddle.nn
 F = paddle.nn.functional
 core = paddle.base.core
-
-CHANNELS = 3  # of an image: red, green, blue
 
 
 # --- the two networks; shapes beside the layers are those of image_size=64, width=64 -------------
