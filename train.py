@@ -33,7 +33,6 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import os
 import re
@@ -128,7 +127,9 @@ def build(options, amp):
 
     `amp` is as in a State.
     """
-    def optimizer_of(net):  # may be another one: whatever it keeps is in the checkpoint
+    # May be another one that works element by element, with a number as rate, not a scheduler: all
+    # tensors that it keeps are in the checkpoint.
+    def optimizer_of(net):
         return paddle.optimizer.Adam(options.learning_rate, beta1=options.beta1,
                                      beta2=options.beta2, parameters=[net.vector])
 
@@ -137,10 +138,10 @@ def build(options, amp):
     discriminator = network.Discriminator(options.image_size, options.width)
     average = network.Generator(options.z_dim, options.image_size, options.width)
     average.eval()
-    # A layer is frozen here, by its weights' stop_gradient: what is joined is trained.
+    average.set_state_dict(generator.state_dict())
+    # To freeze a layer of D set its weights' stop_gradient here; of G, in the average too.
     for net in (generator, discriminator, average):
         network.join_weights(net)
-    network.average_weights(average, generator, 0)
     return State(generator, discriminator, average, optimizer_of(generator),
                  optimizer_of(discriminator), paddle.amp.GradScaler(amp == "float16"), amp)
 
@@ -353,8 +354,10 @@ def output_folder(options):
         written = [path for path in folder.iterdir() if WRITTEN.fullmatch(path.name)]
         saved = [path for path in written if path.suffix == ".safetensors"]
         if saved and (options.restart or folder / "checkpoint.safetensors" not in saved):
-            aside = next(path for path in (folder / f"earlier-{number}"
-                                           for number in itertools.count(1)) if not path.exists())
+            number = 1
+            while (folder / f"earlier-{number}").exists():
+                number += 1
+            aside = folder / f"earlier-{number}"
             aside.mkdir()
             for path in written:
                 path.rename(aside / path.name)
@@ -447,8 +450,11 @@ def load(path, state, change):
     make_optimizer_state(state.generator, state.generator_optimizer)
     make_optimizer_state(state.discriminator, state.discriminator_optimizer)
     tensors = tensors_by_name(state)
-    weightInit.check_shapes(
-        arrays, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        weightInit.check_shapes(arrays, shapes, path)
+    except Problem as problem:  # the code has been changed
+        raise Problem(f"cannot go on: {problem}; {START_OVER}") from problem
     for name, tensor in tensors.items():  # in place: weights must stay parts of their vector
         tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
     if info["scaler"]:
@@ -678,7 +684,7 @@ def noted_signals():
 
     SIGHUP comes when a terminal closes, unless nohup has it ignored, SIGUSR1 from Slurm.
     """
-    def note(number, _):  # called once Paddle's running call has returned: seconds later, maybe
+    def note(number, _):  # runs when Paddle's current call returns, perhaps seconds later
         noted.append(number)
         if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -768,7 +774,7 @@ def train_until(total, folder, state, reader, options, history, signals):
             is_last = state.step == total
             is_stopped = bool(signals)
             sample_now = is_last or state.step % options.sample_every == 0
-            # what else is to be done after some iteration belongs in here: first comes the log
+            # what else is to be done every so often goes below, after the log; its condition, here
             log_now = sample_now or is_stopped or state.step % options.log_every == 0
             if not log_now:
                 continue

@@ -264,7 +264,8 @@ def count_iterations(trainings, speeds, options):
     """Iterations of every training, by name, in two dicts: at equal seconds, at equal iterations.
 
     Ours trains for whole epochs, and the seconds are those that ours takes. The iterations that
-    are equal are about as many as the slowest has then done, so that no more training is needed.
+    are equal are those that the slowest has done then, in whole epochs of ours; one at least, for
+    which the slowest may have to train longer.
     """
     wanted = options.iterations
     if wanted is None:

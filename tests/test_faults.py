@@ -262,6 +262,15 @@ def stop_after(monkeypatch, iterations):
     monkeypatch.setattr("train.iterate", stopped)
 
 
+def test_signal_in_the_last_iteration_lets_the_run_end(place, monkeypatch, capsys):
+    stop_after(monkeypatch, 8)
+    train_here(place, monkeypatch, "--epochs", 1)
+    said = capsys.readouterr()
+    assert "8 iterations done" in said.out
+    assert "stopped after" not in said.err
+    assert (place / "Output" / "real_vs_fake.png").exists()
+
+
 def test_restart_moves_what_a_run_wrote_and_nothing_else(place, monkeypatch, capsys):
     """Out of a folder that is a link, too."""
     (place / "disk").mkdir()
