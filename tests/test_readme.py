@@ -332,7 +332,9 @@ def messages():
 def test_errors_in_the_chinese_table_are_the_scripts():
     foreign = {"Cannot load cudnn shared library", "CUDA driver version is insufficient",
                "ResourceExhaustedError", "No matching distribution found for paddlepaddle-gpu",
-               "No module named 'paddle.fluid'", "externally-managed-environment"}
+               "No module named 'paddle.fluid'", "externally-managed-environment",
+               "No module named 'paddle'", "No module named 'skimage'",
+               "Could not open requirements file"}
     rows = next(rows for rows in tables(read(CHINESE)) if rows[0][0] == "报错中的关键字")[1:]
     known = list(messages())
     words = [word for row in rows for word in re.findall("`(.*?)`", row[0])]
