@@ -284,8 +284,9 @@ def test_device_is_read_only_when_the_log_is_written(trained, tmp_path, monkeypa
     main()
     told = "".join(event[0] for event in events).split("i")  # reads before each iteration
     assert len(told) == 26
-    assert [step for step, reads in enumerate(told) if reads] == [10, 20, 25]
-    assert told[20] == "r"  # at 10 the first checkpoint is saved
+    del told[0]  # before the first iteration Paddle 2.6 reads what it copies to the average
+    assert [step for step, reads in enumerate(told, 1) if reads] == [10, 20, 25]
+    assert told[19] == "r"  # at 10 the first checkpoint is saved
 
 
 def test_run_leaves_what_the_docstring_lists(trained):
