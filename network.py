@@ -219,18 +219,14 @@ def face_latents(seed, numbers, z_dim, noise):
 # --- all weights of a network in one vector ------------------------------------------------------
 # An optimizer, or the average, then needs a few operators per network, not per weight. On a stub of
 # the driver the weights' own were 77 of an iteration's 405 launches.
-def weights(net):
-    """The trainable parameters. Paddle has BN's statistics among them, with stop_gradient."""
-    return [value for value in net.parameters() if not value.stop_gradient]
-
-
 def join_weights(net):
     """Move a network's weights into one vector, `net.vector`: changing it changes them.
 
     It is what an optimizer is given; `net.weights` is the list of them, in their order. A network's
     `state_dict` has the weights, not the vector. A `copy.deepcopy` of the network separates them.
     """
-    net.weights = weights(net)
+    # Paddle has BN's statistics among the parameters, with stop_gradient
+    net.weights = [value for value in net.parameters() if not value.stop_gradient]
     net.vector = paddle.concat([weight.flatten() for weight in net.weights]).detach()
     start = 0
     for weight in net.weights:
@@ -398,6 +394,7 @@ class Convolution(paddle.autograd.PyLayer):
         if not is_transposed:
             return run_onednn("outputs", inputs, kernels, None, stride, padding)
         size = (inputs.shape[2] - 1) * stride - 2 * padding + 4
+        # zeros though only the shape counts: Paddle's check for NaN may find some in `empty`
         images = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
         return run_onednn("images", images, kernels, inputs, stride, padding)
 
@@ -435,7 +432,7 @@ def run_onednn(target, images, kernels, outputs, stride, padding):
         variables[name]._share_data_with(ordered.get_tensor())
     for operator in operators:
         operator.run(scope, core.CPUPlace())
-    result = paddle.empty([1])  # paddle.Tensor(variable) leaks on 3.3
+    result = paddle.zeros([1])  # paddle.Tensor(variable) leaks on 3.3
     result.get_tensor()._share_data_with(variables["ordered"])
     for variable in variables.values():  # or they would hold memory until the next call
         variable._clear()

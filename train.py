@@ -561,8 +561,7 @@ def advice(state):
 
 # --- pictures ------------------------------------------------------------------------------------
 def try_to_write(write, path, *args):
-    """Call `write(path, *args)` on the first process; if it fails say why, and let the run go on.
-    """
+    """Call `write(path, *args)` on the first process; a failure is told, and the run goes on."""
     if is_main():
         try:
             write(path, *args)
@@ -669,8 +668,7 @@ def draw_comparison(path, reader, state):
 
 
 def write_results(folder, state, history):
-    """Write generator.safetensors, and draw the curves anew: done whenever a checkpoint is saved.
-    """
+    """Write generator.safetensors and draw the curves, as whenever a checkpoint is saved."""
     if is_main():
         network.save_generator(folder / "generator.safetensors", state.average, state.generator,
                                state.settings["noise"], state.step)

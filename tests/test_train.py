@@ -125,7 +125,7 @@ def test_steps_are_adams_of_each_weight_to_the_bit(state):
 
 
 @pytest.mark.parametrize("optimizer", [paddle.optimizer.Adam, paddle.optimizer.RMSProp])
-def test_checkpoint_has_all_that_an_optimizer_keeps(state, tmp_path, monkeypatch, optimizer):
+def test_checkpoint_has_all_that_an_optimizer_keeps(tmp_path, monkeypatch, optimizer):
     """Whichever it is; loading sets what the optimizer has made itself, where it has made it.
 
     Paddle's `set_state_dict` would put Adam's powers of beta on a GPU.
