@@ -53,7 +53,9 @@ output_path = "Output"  # where training_images.png is written
 
 # --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
-CHANNELS = 3           # of an image: red, green, blue
+# of an image: red, green, blue. For another number look at `to_rgb`, which makes that of a photo,
+# at `warn_if_black`, `grid`, `save_grids` and network.py's `vary_color`, and pack anew.
+CHANNELS = 3
 NO_MEMORY = re.compile(  # texts of Paddle, C++, oneDNN, CUDA, Python, the kernel and its loader
     "ResourceExhausted|bad_alloc|create a memory object|[Oo]ut of memory|start new thread|"
     "Cannot allocate memory|failed to map segment|MemoryError")
@@ -577,8 +579,9 @@ def grid(images, columns=None):
     from skimage.util import montage  # 0.15 s to import, so only where it is used
 
     columns = columns or int(np.ceil(np.sqrt(len(images))))
-    return montage(images.transpose(0, 2, 3, 1), fill=[255] * 3, padding_width=2, channel_axis=-1,
-                   grid_shape=(-(-len(images) // columns), columns))
+    rows = -(-len(images) // columns)
+    return montage(images.transpose(0, 2, 3, 1), fill=[255] * CHANNELS, padding_width=2,
+                   channel_axis=-1, grid_shape=(rows, columns))
 
 
 def save_png(path, picture, quick=False, origin=""):

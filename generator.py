@@ -67,6 +67,7 @@ DEMO = {"checkpoint": "demo/Output/generator.safetensors", "output_path": "demo/
 # --- pictures ------------------------------------------------------------------------------------
 BATCH = 100             # faces drawn at a time
 GRID_MOST = 32 * 32     # faces in faces.png; more could not be made out
+COLUMNS = None          # of them in a row; None makes a square
 FRAMES = 32             # from face to face of an interpolation
 
 
@@ -114,7 +115,7 @@ def draw_grid(faces_of, numbers, folder, individual):
         if individual:
             for number, face in zip(batch, faces, strict=True):
                 dataReader.save_png(own / f"{number:06d}.png", face.transpose(1, 2, 0), quick=True)
-    picture = dataReader.grid(np.concatenate(shown)[:GRID_MOST])
+    picture = dataReader.grid(np.concatenate(shown)[:GRID_MOST], COLUMNS)
     dataReader.save_png(folder / "faces.png", enlarge(picture, 1400))
     others = len(list(own.glob("*.png"))) - len(set(numbers))
     if individual and others:

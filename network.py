@@ -8,7 +8,7 @@
 
 import weightInit
 from dataReader import CHANNELS, SIZES, Problem
-from weightInit import bn_initializer, paddle, weight_initializer
+from weightInit import bn_initializer, paddle, weight_initializer  # Paddle, made ready there
 
 import functools
 import itertools
@@ -138,9 +138,9 @@ def loss(logits, label):
     from the margin, so it does not overflow however sure D is. G's loss is the same with label 1.
     For another loss, such as hinge, start from `margin` in train.py's `d_step` and `g_step`.
     """
-    log_odds = margin(logits)
-    labels = paddle.ones_like(log_odds) * label
-    return F.binary_cross_entropy_with_logits(log_odds, labels)
+    margins = margin(logits)
+    labels = paddle.ones_like(margins) * label
+    return F.binary_cross_entropy_with_logits(margins, labels)
 
 
 # --- differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738) -----------------------------
@@ -171,10 +171,11 @@ def shift(images, draws):
     size = images.shape[2]
     distances = (draws * (size // 4 + 1)).floor() - size // 8
     down, right = distances.T.reshape([2, -1, 1, 1, 1])
-    # Each image has its own matrices of zeros and ones, [N, 1, S, S], that move its rows and its
-    # columns: to slice it where its distances say, the host would have to wait for the GPU.
-    j = paddle.arange(size, dtype="float32")
-    i = j.reshape([size, 1])
+    # Each image has its own matrices of zeros and ones, [N, 1, S, S]. In `rows` there is a one
+    # where row i of the result is row j of the image. Slicing would be plainer, but for it the
+    # distances must be known on the host, which would wait for the GPU.
+    i = paddle.arange(size, dtype="float32").reshape([size, 1])
+    j = i.T
     rows = (i - j == down).astype("float32")
     columns = (j - i == right).astype("float32")
     # expanded to all channels, since Paddle would have a GPU multiply them one by one
@@ -199,13 +200,20 @@ def cut_out(images, draws):
 NOISES = {"normal": np.random.Generator.standard_normal, "uniform": np.random.Generator.random}
 
 
-def latent(key, shape, noise):
-    """Draw latent vectors, a float32 array, the same for the same key on every machine.
+def random_array(key, shape, noise):
+    """Draw random numbers, a float32 array, the same for the same key on every machine.
 
-    The key is a list of integers ≥ 0, a seed and a place in the run; there is no other state. NumPy
-    fills a key of fewer than 4 numbers with zeros, so [1, 2] draws what [1, 2, 0, 0] does. Keys of
-    2 numbers are those of faces; every other key has 4 or more, of which the last is not 0.
-    `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6).
+    `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6). The key is a list of
+    integers ≥ 0; there is no other state. These are in use:
+
+        [seed, k]                           latent vector of face k
+        [seed, step, process, turn + 1]     latent vectors of an iteration; step is 1 or more
+        [seed, step, process, 0, 1]         its numbers for `augment`
+        [seed, 0, 0, 0, 1]                  the same for training_images.png
+        [0, 0, 0, batch + 1]                latent vectors of `estimate_statistics`
+
+    NumPy fills a key of fewer than 4 numbers with zeros, so [1, 2] draws what [1, 2, 0, 0] does: a
+    longer key must not end with 0.
     """
     draw = NOISES[noise]
     return draw(np.random.default_rng(key), shape, dtype=np.float32)
@@ -213,12 +221,12 @@ def latent(key, shape, noise):
 
 def face_latents(seed, numbers, z_dim, noise):
     """Latent vectors of faces by number, float32 `[N, z_dim]`: face k of a seed stays the same."""
-    return np.stack([latent([seed, number], [z_dim], noise) for number in numbers])
+    return np.stack([random_array([seed, number], [z_dim], noise) for number in numbers])
 
 
 # --- all weights of a network in one vector ------------------------------------------------------
-# An optimizer, or the average, then needs a few operators per network, not per weight. On a stub of
-# the driver the weights' own were 77 of an iteration's 405 launches.
+# An optimizer, or the average, then needs a few operators a network, not a few for each weight. Of
+# an iteration's 405 launches of GPU kernels those were 77, counted on a stand-in for the driver.
 def join_weights(net):
     """Move a network's weights into one vector, `net.vector`: changing it changes them.
 
@@ -250,7 +258,7 @@ def take_gradient(net):
 @paddle.no_grad()
 def average_weights(averaged, generator, decay):
     """Set the weights of an averaged generator to decay·averaged + (1 − decay)·generator."""
-    # not lerp_: it takes 35 ms longer on a CPU, and has a GPU waited for
+    # not lerp_: it takes 35 ms longer on a CPU, and on a GPU the host waits for it
     averaged.vector.scale_(decay).add_(generator.vector.scale(1.0 - decay))
 
 
@@ -267,7 +275,7 @@ def estimate_statistics(generator, noise, batches=5):
     for batch in range(batches):
         # few large batches, since the variance in a small one is too small: on a full-size net the
         # mean of faces was off by 4% of their spread with 20 batches of 64, and by 1% with 5 of 256
-        z = latent([0, 0, 0, batch + 1], [256, generator.config["z_dim"]], noise)
+        z = random_array([0, 0, 0, batch + 1], [256, generator.config["z_dim"]], noise)
         for norm in norms:
             norm._momentum = batch / (batch + 1)  # running = the mean of all batches so far
         generator(paddle.to_tensor(z))
@@ -287,6 +295,7 @@ def draw_faces(generator, z):
     paddle.set_flags({"FLAGS_check_nan_inf": False})
     images = generator(paddle.to_tensor(z))
     paddle.set_flags(checked)
+    # + 127.5, and 0.5 more since astype cuts the fraction off
     return (images * 127.5 + 128).clip(0, 255).astype("uint8").numpy()
 
 
@@ -321,7 +330,7 @@ def load_generator(path, raw=False):
     if raw and not in_training:
         raise Problem(f"{path} has the averaged weights alone: draw without --raw")
     wanted = in_training if raw else averaged
-    # all or none: a mixture is no file of ours, and `check_generator` refuses it
+    # all or none: a mixture is no file of ours, and `check_shapes` refuses what is not float32
     if all(value.dtype == np.float16 for value in wanted.values()):
         wanted = {name: value.astype("float32") for name, value in wanted.items()}
     check_generator(wanted, info, path)
@@ -357,6 +366,17 @@ def check_generator(arrays, info, path):
 # On a CPU Paddle convolves image by image. It also carries oneDNN, with which an iteration takes
 # 0.72 of the time, but uses it in static programs only. So oneDNN's operators are run here, one by
 # one. The results are those of nn.Conv2D and nn.Conv2DTranspose, up to rounding.
+#
+# A convolution makes a small image of a large one, S → S/2. Its gradient by the large image goes
+# the other way, and that is also what a transposed convolution does. So three operations suffice,
+# named by what they make:
+#
+#     "small"    of large and kernels    a convolution; of a transposed one, its gradient by inputs
+#     "large"    of small and kernels    a transposed convolution; of the other, that gradient
+#     "kernels"  of large and small      the gradient by the kernels, of both
+#
+# large is [N, C, S, S], small [N, C', S', S'], kernels are [C', C, 4, 4]. In the place of an output
+# stands the gradient by it.
 ONEDNN = True  # with False Paddle's own are used; a gradient penalty needs them
 
 
@@ -365,6 +385,7 @@ class Conv2D(nn.Conv2D):
 
     def forward(self, images):
         if ONEDNN and images.place.is_cpu_place() and onednn_works():
+            # Paddle keeps a list of two strides, but the padding as it was given
             return Convolution.apply(images, self.weight, False, self._stride[0], self._padding)
         return super().forward(images)
 
@@ -379,11 +400,7 @@ class Conv2DTranspose(nn.Conv2DTranspose):
 
 
 class Convolution(paddle.autograd.PyLayer):
-    """A convolution or a transposed one, with its gradients.
-
-    A convolution turns images `[N, C, S, S]` and kernels `[C', C, 4, 4]` into outputs
-    `[N, C', S', S']`. A transposed one turns outputs into images, as a convolution's gradient does.
-    """
+    """A convolution or a transposed one, with its gradients."""
 
     @staticmethod
     def forward(ctx, inputs, kernels, is_transposed, stride, padding):
@@ -392,51 +409,52 @@ class Convolution(paddle.autograd.PyLayer):
         ctx.inputs_are_constant = inputs.stop_gradient
         ctx.kernels_are_constant = kernels.stop_gradient
         if not is_transposed:
-            return run_onednn("outputs", inputs, kernels, None, stride, padding)
+            return run_onednn("small", inputs, kernels, None, stride, padding)
         size = (inputs.shape[2] - 1) * stride - 2 * padding + 4
         # zeros though only the shape counts: Paddle's check for NaN may find some in `empty`
-        images = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
-        return run_onednn("images", images, kernels, inputs, stride, padding)
+        shape_of_large = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
+        return run_onednn("large", shape_of_large, kernels, inputs, stride, padding)
 
     @staticmethod
     def backward(ctx, gradient):
         if paddle.is_grad_enabled():  # only if the gradient is to have a gradient
             raise NotImplementedError("for second gradients set network.ONEDNN = False")
         inputs, kernels = ctx.saved_tensor()
-        # a transposed convolution goes from outputs to images
-        images, outputs = (gradient, inputs) if ctx.is_transposed else (inputs, gradient)
-        of_inputs = of_kernels = None
+        if ctx.is_transposed:
+            large, small, of_what = gradient, inputs, "small"
+        else:
+            large, small, of_what = inputs, gradient, "large"
+        by_inputs = by_kernels = None
         if not ctx.inputs_are_constant:
-            target = "outputs" if ctx.is_transposed else "images"
-            of_inputs = run_onednn(target, images, kernels, outputs, ctx.stride, ctx.padding)
+            by_inputs = run_onednn(of_what, large, kernels, small, ctx.stride, ctx.padding)
         if not ctx.kernels_are_constant:
-            of_kernels = run_onednn("kernels", images, kernels, outputs, ctx.stride, ctx.padding)
-        return of_inputs, of_kernels
+            by_kernels = run_onednn("kernels", large, kernels, small, ctx.stride, ctx.padding)
+        return by_inputs, by_kernels
 
 
-def run_onednn(target, images, kernels, outputs, stride, padding):
-    """Run a convolution (`target` "outputs") or one of its two gradients ("images", "kernels").
+def run_onednn(target, large, kernels, small, stride, padding):
+    """Make the `target`, "small", "large" or "kernels", from the other two, by oneDNN.
 
-    For a gradient, `outputs` is the gradient of the outputs. Of the tensor that the target names
-    only the shape is looked at.
+    Of large and kernels as the target only the shape is looked at; small may then be None.
     """
-    # Paddle keeps what oneDNN compiles by the names of images and kernels and by the shape of the
-    # images: the rest of what it depends on must be in a name.
+    # Paddle keeps what oneDNN compiles under the names of images and kernels and the shape of the
+    # images. What was compiled also depends on the kernels' shape, stride and padding: so these are
+    # in the kernels' name.
     kernels_name = f"kernels {kernels.shape} {stride} {padding}"
     scope, variables, operators = onednn_operators(target, kernels_name, stride, padding)
-    given = {"images": images, kernels_name: kernels}
-    if outputs is not None:
-        given["outputs"] = outputs
+    given = {"large": large, kernels_name: kernels}
+    if small is not None:
+        given["small"] = small
     for name, tensor in given.items():
-        ordered = tensor.contiguous()  # named, so that a copy lives until it is shared
-        variables[name]._share_data_with(ordered.get_tensor())
+        contiguous = tensor.contiguous()  # named, so that a copy lives until it is shared
+        variables[name]._share_data_with(contiguous.get_tensor())
     for operator in operators:
         operator.run(scope, core.CPUPlace())
-    result = paddle.zeros([1])  # paddle.Tensor(variable) leaks on 3.3
-    result.get_tensor()._share_data_with(variables["ordered"])
+    result = paddle.zeros([1])  # an empty shell; paddle.Tensor(variable) leaks on 3.3
+    result.get_tensor()._share_data_with(variables["plain"])
     for variable in variables.values():  # or they would hold memory until the next call
         variable._clear()
-    scope.drop_kids()  # Paddle's own copies of what it has ordered
+    scope.drop_kids()  # frees the copies that Paddle made from one layout to the other
     return result
 
 
@@ -446,31 +464,31 @@ def onednn_operators(target, kernels_name, stride, padding):
     program = core.ProgramDesc()  # which owns the block
     block = program.block(0)
     convolve = block.append_op()
-    convolve.set_type("conv2d" if target == "outputs" else "conv2d_grad")
-    convolve.set_input("Input", ["images"])
+    convolve.set_type("conv2d" if target == "small" else "conv2d_grad")
+    convolve.set_input("Input", ["large"])
     convolve.set_input("Filter", [kernels_name])
-    if target != "outputs":
-        convolve.set_input("Output@GRAD", ["outputs"])
-    result = {"outputs": "Output", "images": "Input@GRAD", "kernels": "Filter@GRAD"}[target]
+    if target != "small":
+        convolve.set_input("Output@GRAD", ["small"])
+    result = {"small": "Output", "large": "Input@GRAD", "kernels": "Filter@GRAD"}[target]
     convolve.set_output(result, ["blocked"])
     attributes = {
         "strides": [stride] * 2, "paddings": [padding] * 2, "dilations": [1, 1], "groups": 1,
         "padding_algorithm": "EXPLICIT", "data_format": "NCHW", "use_mkldnn": True}
     for name, value in attributes.items():
         convolve._set_attr(name, value)
-    # oneDNN's results lie in memory in blocks. Paddle puts in order what it gives to an operator
-    # that is not oneDNN's, so here is one that does nothing else.
-    order = block.append_op()
-    order.set_type("share_data")
-    order.set_input("X", ["blocked"])
-    order.set_output("Out", ["ordered"])
+    # oneDNN leaves a result in memory in blocks. Paddle makes a plain one of it as soon as another
+    # operator, not oneDNN's, reads it: share_data does that, and nothing else.
+    make_plain = block.append_op()
+    make_plain.set_type("share_data")
+    make_plain.set_input("X", ["blocked"])
+    make_plain.set_output("Out", ["plain"])
     operators = []
-    for description in convolve, order:
+    for description in convolve, make_plain:
         # without this the variables are looked up by their names in each run, 0.1 ms in all
         description._set_attr("@ENABLE_CACHE_RUNTIME_CONTEXT@", True)
         operators.append(core.Operator.create(description.serialize_to_string()))
     scope = core.Scope()
-    names = "images", kernels_name, "outputs", "blocked", "ordered"
+    names = "large", kernels_name, "small", "blocked", "plain"
     variables = {name: scope.var(name).get_tensor() for name in names}
     return scope, variables, operators
 
@@ -479,11 +497,12 @@ def onednn_operators(target, kernels_name, stride, padding):
 def onednn_works():
     """Whether this Paddle can do all that: each target is tried on ones."""
     try:
-        images = paddle.ones([1, 1, 8, 8])
-        kernels = outputs = paddle.ones([1, 1, 4, 4])
-        for target in "images", "kernels", "outputs":
-            result = run_onednn(target, images, kernels, outputs, 2, 1)
-            if float(result.sum()) != 14**2:  # along an axis 3 + 4 + 4 + 3 pixels are covered
+        large = paddle.ones([1, 1, 8, 8])
+        kernels = small = paddle.ones([1, 1, 4, 4])
+        for target in "large", "kernels", "small":
+            result = run_onednn(target, large, kernels, small, 2, 1)
+            # along an axis the four kernels cover 3, 4, 4 and 3 of the 8 pixels
+            if float(result.sum()) != (3 + 4 + 4 + 3)**2:
                 return False
     except Exception:  # another Paddle may lack any of it
         return False

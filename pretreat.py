@@ -106,6 +106,7 @@ def choose_detector():
     """The better detector that is installed: a function, what it searches, and a line about it.
 
     A photo is searched at so many pixels of the long side. In more the cascade sees false faces.
+    It is called by several threads at once. Crops that are there stay as another detector cut them.
     """
     try:
         find_by_landmarks(np.zeros((64, 64, 3), np.uint8))
@@ -255,7 +256,8 @@ def unreadable_zip(source, reason):
 
 
 # --- the folder of crops -------------------------------------------------------------------------
-# A crop of another format needs another suffix, `save_png` and `origin_of`.
+# Crops of another format need another suffix, `save_png`, `origin_of` (PIL verifies PNG alone) and,
+# if the format loses anything, `shows`. Crops that are there stay: start with an empty folder.
 SUFFIX = ".png"
 
 

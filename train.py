@@ -25,7 +25,7 @@ import network
 import weightInit
 from dataReader import PATH, YES_NO, Problem, one_of, say, whole
 from dataReader import real as real_number
-from weightInit import paddle
+from weightInit import paddle  # made ready there
 
 import ast
 import contextlib
@@ -48,6 +48,7 @@ from tqdm import tqdm
 dist, F = paddle.distributed, paddle.nn.functional
 
 # --- settings (each is also a flag, e.g. --batch_size 64) ----------------------------------------
+# A new one becomes a flag by itself. If it changes no iteration, name it in MAY_CHANGE below.
 # data
 data_path = "imgs"       # folder of training images, searched recursively
 image_size = 64          # height and width of an image: 32, 64 or 128 (run pretreat.py with it too)
@@ -110,16 +111,17 @@ class State:
     settings: dict = dataclasses.field(default_factory=dict)  # that must not change unnoticed
     batches: int = 1        # per epoch
     step: int = 0           # iterations done
-    # (step, epoch) from which epochs of `batches` are counted: other than (0, 0) when a run went on
-    # with another batch size or other images
-    origin: tuple = (0, 0)
+    # The step and the epoch from which epochs of `batches` are counted. They are not 0 once a run
+    # has gone on with another number of batches.
+    origin_step: int = 0
+    origin_epoch: int = 0
     grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0336"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
     def next_batch(self):
         """(epoch, batch) of the next iteration, both from 0."""
-        epoch, batch = divmod(self.step - self.origin[0], self.batches)
-        return self.origin[1] + epoch, batch
+        epoch, batch = divmod(self.step - self.origin_step, self.batches)
+        return self.origin_epoch + epoch, batch
 
 
 def build(options, amp):
@@ -127,8 +129,10 @@ def build(options, amp):
 
     `amp` is as in a State.
     """
-    # May be another one that works element by element, with a number as rate, not a scheduler: all
-    # tensors that it keeps are in the checkpoint.
+    # Another optimizer can stand here if it treats all weights alike, one by one (not LARS or LAMB,
+    # which ask for the layer), and its rate is a number: the checkpoint has all tensors that it
+    # keeps, but no scheduler. Its own settings then replace beta1 and beta2, in ALLOWED and
+    # CHANGE_IF_TOLD too.
     def optimizer_of(net):
         return paddle.optimizer.Adam(options.learning_rate, beta1=options.beta1,
                                      beta2=options.beta2, parameters=[net.vector])
@@ -150,7 +154,7 @@ def descend(loss, net, optimizer, scaler):
     """One optimizer step of a network down the gradient of a loss, a 0-D tensor."""
     scaler.scale(loss).backward()
     gradient = network.take_gradient(net)
-    if dist.get_world_size() > 1:  # their mean, before the scaler looks for an overflow
+    if dist.get_world_size() > 1:  # the processes' mean, before the scaler looks for an overflow
         dist.all_reduce(gradient)
         gradient.scale_(1 / dist.get_world_size())
     net.vector.grad = gradient
@@ -194,11 +198,14 @@ def iterate(state, images, z, draws, d_steps, g_steps):
     The first generator step is on the images that the last discriminator step saw, which saves
     making them again; D has changed since, so its verdict on them is new.
 
+    Nothing here reads a number, since the host would wait for the GPU. A step that depends on one
+    must depend on the same number in all processes, or they wait for each other for ever.
+
     Args:
         state: a State, whose networks and optimizers are changed.
         images: uint8 tensor `[N, 3, S, S]`, the real ones of every discriminator step.
         z: latent vectors, a tensor `[d_steps + g_steps - 1, N, z_dim]`.
-        draws: of `network.augment`, a tensor `[2·d_steps + g_steps, N, 7]`, or None.
+        draws: `network.augment`'s, a tensor `[2·d_steps + g_steps, N, 7]`, or None to leave it out.
 
     Returns:
         Tensor `[4]`, on the device: D's loss, G's loss, D(x), D(G(z)) of each network's last step.
@@ -206,8 +213,8 @@ def iterate(state, images, z, draws, d_steps, g_steps):
     G, D, scaler = state.generator, state.discriminator, state.scaler
     draws_left = None if draws is None else iter(draws)
 
-    def varied(images):  # by the next draws, so the order of the calls counts
-        return images if draws_left is None else network.augment(images, next(draws_left))
+    def varied(seen):  # by the next draws, so the order of the calls counts
+        return seen if draws_left is None else network.augment(seen, next(draws_left))
 
     real = images.astype("float32") / 127.5 - 1
     with mixed_precision(state.amp):
@@ -226,23 +233,23 @@ def mixed_precision(amp):
     """The context to train in; `amp` is "bfloat16", "float16", or "float32" for none."""
     if amp == "float32":
         return contextlib.nullcontext()
-    # conv2d_transpose is not on Paddle's own list. BN keeps its statistics in float32.
-    return paddle.amp.auto_cast(True, {"conv2d_transpose"}, dtype=amp)
+    # Paddle's own list lacks conv2d_transpose. BN keeps its statistics in float32.
+    return paddle.amp.auto_cast(custom_white_list={"conv2d_transpose"}, dtype=amp)
 
 
 def random_numbers(options, step, rank):
-    """All chance of iteration `step`, from 1: (latent vectors, draws for augmentation or None).
+    """Of iteration `step`, from 1: (latent vectors, draws for augmentation or None).
 
-    float32 arrays as `iterate` takes them, for process `rank`: made from keys, not from a state.
+    float32 arrays as `iterate` takes them, for process `rank`. `network.random_array` has a table
+    of the keys that they are made from.
     """
-    # a key's last number is not 0, or these would be faces of generator.py: see `latent`
     key = [options.seed, step, rank]
-    z = [network.latent([*key, turn + 1], [options.batch_size, options.z_dim], options.noise)
+    z = [network.random_array([*key, turn + 1], [options.batch_size, options.z_dim], options.noise)
          for turn in range(options.d_steps + options.g_steps - 1)]
     draws = None
     if options.augment:
         shape = [2 * options.d_steps + options.g_steps, options.batch_size, 7]
-        draws = network.latent([*key, 0, 1], shape, "uniform")
+        draws = network.random_array([*key, 0, 1], shape, "uniform")
     return np.stack(z), draws
 
 
@@ -291,7 +298,7 @@ def set_up(options):
     if "PADDLE_TRAINER_ID" in os.environ:  # end with the launcher, however it ends
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     weightInit.use_device(options.device)
-    reader = dataReader.FaceReader(  # one process packs, the others wait
+    reader = dataReader.FaceReader(  # one process packs; the others wait for the folder's lock
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
         dist.get_world_size(), options.flip)
     if dist.get_world_size() > 1:
@@ -308,26 +315,30 @@ def set_up(options):
 
 
 # --- the files of a run --------------------------------------------------------------------------
-# When a run goes on, these settings may be others: they change no iteration,
+# When a run goes on, these settings may be others: they change no iteration. (A schedule over the
+# whole run would depend on epochs: then move it to those below.)
 MAY_CHANGE = {"data_path", "epochs", "device", "deterministic", "output_path", "log_every",
               "sample_every", "save_minutes", "keep", "restart", "change", "demo"}
 # and these with --change: the networks can be trained with others.
 CHANGE_IF_TOLD = {"learning_rate", "beta1", "beta2", "d_steps", "g_steps", "ema_decay", "augment",
                   "flip", "amp", "batch_size", "images"}
-REMEMBERED = "settings", "batches", "step", "origin", "grids", "changes"  # of State, as JSON
+# fields of State that the checkpoint has as JSON
+REMEMBERED = "settings", "batches", "step", "origin_step", "origin_epoch", "grids", "changes"
 START_OVER = "pass another --output_path, or --restart to move the old run aside"
+# The files in the docstring at the top, which --restart moves: name a new one here too.
 WRITTEN = re.compile(r"losses\.(csv|png)|progress\.gif|(real_vs_fake|training_images)\.png"
                      r"|\d{4,}_\d{4,}\.(png|safetensors)|(generator|checkpoint)\.safetensors")
 
 
-@functools.cache  # of the code that runs, even if the file is edited meanwhile
+@functools.cache  # asked for at the start, so that it tells of the code that runs
 def code_digest():
     """SHA-1 of what network.py and this file do: comments, docstrings, settings do not count."""
     digest = hashlib.sha1(usedforsecurity=False)
-    # the settings are found by the headings above and below them
     for file in network.__file__, __file__:
         source = Path(file).read_text(encoding="utf-8")
-        code = re.sub("# --- settings.*?# --- the alg", "#", source, count=1, flags=re.DOTALL)
+        # without what stands between these two headings: the settings, ALLOWED and DEMO
+        code = re.sub("# --- settings .*?# --- the algorithm ", "#", source, count=1,
+                      flags=re.DOTALL)
         tree = ast.parse(code)
         for node in ast.walk(tree):
             may_have_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
@@ -389,16 +400,17 @@ def tensors_by_name(state):
 def save(path, state):
     """Save all that training changes as the checkpoint.
 
-    Raises a Problem if a weight is not finite, or not the same on all processes.
+    Raises a Problem if any number is not finite, or a weight not the same on all processes.
     """
     arrays = {name: tensor.numpy() for name, tensor in tensors_by_name(state).items()}
     for name, values in arrays.items():
         if not np.isfinite(values).all():
             raise Problem(f"{name} is no longer finite at iteration {state.step};"
                           f" {advice(state)}")
-    same = {name: values for name, values in arrays.items()  # each has BN statistics of its own
+    # all but BN's statistics, of which each process has its own
+    same = {name: values for name, values in arrays.items()
             if not name.endswith(("_mean", "_variance"))}
-    check_same(weightInit.checksum(same, ""), f"the networks at iteration {state.step}")
+    check_same(weightInit.checksum(same), f"the networks at iteration {state.step}")
     if is_main():
         # empty unless enabled; the scale is an array, which JSON cannot hold
         scaler = {key: np.asarray(value).tolist()
@@ -459,19 +471,20 @@ def load(path, state, change):
         tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
     if info["scaler"]:
         state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
-    for name in "step", "origin", "grids", "changes":
+    for name in "step", "origin_step", "origin_epoch", "grids", "changes":
         setattr(state, name, info[name])
-    if info["batches"] != state.batches:  # of an epoch: go on with a new one
-        start, epochs = state.origin
-        epochs_begun = math.ceil((state.step - start) / info["batches"])
-        state.origin = (state.step, epochs + epochs_begun)
+    if info["batches"] != state.batches:
+        # an epoch that was begun counts as done: go on with the first batch of the next
+        epochs_since_origin = math.ceil((state.step - state.origin_step) / info["batches"])
+        state.origin_epoch += epochs_since_origin
+        state.origin_step = state.step
 
 
 def make_optimizer_state(net, optimizer):
     """One step with a gradient of zeros: the optimizer makes what it keeps, in the right places.
 
-    On a GPU Adam keeps the powers of beta on the CPU; set_state_dict would put them on the card,
-    where Adam takes another kernel.
+    On a GPU Adam keeps the powers of beta on the CPU. `set_state_dict` would put them on the card,
+    for which Adam has another kernel, with other rounding.
     """
     net.vector.grad = paddle.zeros_like(net.vector)
     optimizer.step()
@@ -479,11 +492,11 @@ def make_optimizer_state(net, optimizer):
 
 
 # --- losses.csv ----------------------------------------------------------------------------------
-D_WON_AFTER = 300  # hopeless iterations, after which it is said, and after as many more again
+D_WON_AFTER = 300  # hopeless iterations in a row: then there is a warning, as after every 300 more
 
 
 def read_row(row):
-    """The seven numbers of a row of losses.csv, more columns left out; none if it is torn."""
+    """The first seven numbers of a row of losses.csv; an empty list if it is torn, or a heading."""
     try:
         numbers = [float(cell) for cell in row.split(",")[:7]]
     except ValueError:
@@ -492,9 +505,10 @@ def read_row(row):
 
 
 def continue_table(path, step):
-    """Cut losses.csv at iteration `step`, since what came then will come again.
+    """Cut losses.csv after iteration `step`: the iterations that follow will be done again.
 
-    Returns what is left, `read_row` of all rows one after another: the curves are drawn from it.
+    Returns what is left as one flat array, seven numbers a row; the curves are drawn from it. Only
+    the first process has any.
     """
     history = array("f")  # a long run's is large
     if is_main():
@@ -517,20 +531,22 @@ def hopeless_iterations(history):
 
 
 def log(folder, history, pending, state):
-    """Write what is pending to losses.csv and `history`, warn if D has won; return the last.
+    """Write what is pending to losses.csv and `history`, and warn if D has won.
 
-    `pending` is a dict from (step, epoch, batch) to what `iterate` returned. Raises a Problem if a
-    value is not finite; the rows before it have been written then, and drawn.
+    `pending` is a dict from (step, epoch, batch) to what `iterate` returned. Returns the last of
+    that. Raises a Problem if a value is not finite; the rows before it have been written then, and
+    drawn.
     """
     values = paddle.stack(list(pending.values()))
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     values = values.numpy() / dist.get_world_size()  # waits for the device
     is_finite = np.isfinite(values).all(axis=1)
-    good = len(values) if is_finite.all() else is_finite.argmin()  # rows before the first bad one
+    finite_rows = len(values) if is_finite.all() else is_finite.argmin()  # before the first bad one
     places = list(pending)
     rows = []
-    for (step, epoch, batch), losses in zip(places[:good], values[:good], strict=True):
+    for place, losses in zip(places[:finite_rows], values[:finite_rows], strict=True):
+        step, epoch, batch = place
         cells = ",".join(f"{value:.6g}" for value in losses)
         rows.append(f"{step},{epoch},{batch},{cells}\n")
         history.extend(read_row(rows[-1]))
@@ -540,12 +556,13 @@ def log(folder, history, pending, state):
                 file.writelines(rows)
         except OSError as error:
             raise Problem(f"cannot write {folder / 'losses.csv'}: {error.strerror}") from error
-    if good < len(values):
+    if finite_rows < len(values):
         try_to_write(draw_curves, folder / "losses.png", history)
-        raise Problem(f"the loss of iteration {places[good][0]} is not finite; {advice(state)}")
+        step, _, _ = places[finite_rows]
+        raise Problem(f"the loss of iteration {step} is not finite; {advice(state)}")
     hopeless = hopeless_iterations(history)
-    is_news = hopeless // D_WON_AFTER > max(0, hopeless - len(rows)) // D_WON_AFTER
-    if is_news and is_main():
+    before = max(0, hopeless - len(rows))
+    if hopeless // D_WON_AFTER > before // D_WON_AFTER and is_main():
         say(f"iteration {places[-1][0]}: D has won, its mean verdict on faces, D(G(z)), stayed"
             f" below 0.01 for {hopeless} iterations: stop (Ctrl-C), and {advice(state)}")
     return values[-1]
@@ -565,12 +582,12 @@ def try_to_write(write, path, *args):
     if is_main():
         try:
             write(path, *args)
-        except Exception as error:  # of a full disk, of matplotlib, of a foreign file
+        except Exception as error:  # a full disk, matplotlib's, a file that is not ours
             say(f"{path} could not be written: {error}")
 
 
 GRID = 100    # faces of a grid
-COLUMNS = 10  # of them, in a row
+COLUMNS = 10  # of them, in a row; progress.gif shows the first 6 of the first 6 rows
 
 
 def draw_training_images(path, reader, is_augmented):
@@ -578,7 +595,7 @@ def draw_training_images(path, reader, is_augmented):
     count = min(len(reader), math.ceil(GRID / reader.batch_size))
     images = np.concatenate([reader.batch(1, number) for number in range(count)])[:GRID]
     if is_augmented:
-        draws = network.latent([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
+        draws = network.random_array([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
         scaled = paddle.to_tensor(images / np.float32(127.5) - 1)
         varied = network.augment(scaled, paddle.to_tensor(draws)).numpy()
         images = (varied * 127.5 + 128).clip(0, 255).astype(np.uint8)
@@ -668,7 +685,7 @@ def draw_comparison(path, reader, state):
 
 
 def write_results(folder, state, history):
-    """Write generator.safetensors and draw the curves, as whenever a checkpoint is saved."""
+    """Write generator.safetensors, and draw the curves: what goes with a checkpoint."""
     if is_main():
         network.save_generator(folder / "generator.safetensors", state.average, state.generator,
                                state.settings["noise"], state.step)
@@ -680,17 +697,21 @@ def write_results(folder, state, history):
 def noted_signals():
     """Yield a list in which signals that ask for an end are noted; the second Ctrl-C ends at once.
 
-    SIGHUP comes when a terminal closes, unless nohup has it ignored, SIGUSR1 from Slurm.
+    SIGHUP comes when a terminal closes (under nohup it stays ignored), SIGUSR1 from Slurm. Several
+    processes note nothing: their launcher ends them.
     """
+    noted = []
+    before = {}
+
     def note(number, _):  # runs when Paddle's current call returns, perhaps seconds later
         noted.append(number)
-        if "PADDLE_TRAINER_ID" not in os.environ:  # Paddle's launcher sends several
+        # Paddle's launcher, if it has one process, passes a Ctrl-C on several times
+        if "PADDLE_TRAINER_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
 
-    noted, before = [], {}
-    if dist.get_world_size() == 1:  # else the launcher ends all processes
+    if dist.get_world_size() == 1:
         for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
@@ -733,14 +754,15 @@ def train(options):
             "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
         load(folder / "checkpoint.safetensors", state, options.change)
         history = continue_table(folder / "losses.csv", state.step)
-        start, epochs_before = state.origin
-        total = start + max(0, options.epochs - epochs_before) * len(reader)
+        epochs_left = max(0, options.epochs - state.origin_epoch)
+        total = state.origin_step + epochs_left * len(reader)
         if is_main():
             announce(folder, state, reader, total)
         try_to_write(draw_training_images, folder / "training_images.png", reader, options.augment)
         if state.step >= total:  # the run may have been killed before these were written
             write_results(folder, state, history)
             try_to_write(draw_progress, folder / "progress.gif", state)
+        # does nothing if no more are asked for
         train_until(total, folder, state, reader, options, history, signals)
         try_to_write(draw_comparison, folder / "real_vs_fake.png", reader, state)
         if is_main():
@@ -753,13 +775,15 @@ def train_until(total, folder, state, reader, options, history, signals):
     """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
     images_per_step = options.batch_size * reader.world_size
     pending = {}  # what `iterate` returned, by (step, epoch, batch), until the next log
-    next_save = 0.0  # seconds of time.monotonic: the first log saves, to find what hinders early
+    # seconds of time.monotonic; 0: save at the first log, so that a full disk shows at once
+    next_save = 0.0
     with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
               initial=state.step * images_per_step, disable=not is_main()) as bar:
         while state.step < total:
             epoch, batch = state.next_batch()
             state.step += 1
             # For a schedule, call both optimizers' set_lr here, by state.step: then it resumes too.
+            # If `total` is in it, see MAY_CHANGE.
             images = to_device(reader.batch(epoch + 1, batch))
             z, draws = random_numbers(options, state.step, reader.rank)
             pending[state.step, epoch + 1, batch + 1] = iterate(

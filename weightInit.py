@@ -152,7 +152,7 @@ def read_tensors(path, kind):
     return tensors, info
 
 
-def checksum(tensors, facts):
+def checksum(tensors, facts=""):
     """SHA-256 of arrays, their names, types and shapes, and of a string."""
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):

@@ -70,7 +70,7 @@ def trainer(batch, width, d_steps=1, g_rate=2e-4):
     images = np.random.default_rng(0).integers(0, 256, [batch, 3, 64, 64], dtype=np.uint8)
 
     def iteration(step):
-        z = network.latent([0, step], [d_steps + 1, batch, 100], "normal")
+        z = network.random_array([0, step], [d_steps + 1, batch, 100], "normal")
         return train.iterate(state, paddle.to_tensor(images), paddle.to_tensor(z), None,
                              d_steps, g_steps=2).numpy()
     return iteration

@@ -1,7 +1,7 @@
 """train.py on Paddle's launcher: two processes on the CPU (gloo) that train one model."""
 
 from dataReader import FaceReader
-from network import Discriminator, Generator, latent, loss
+from network import Discriminator, Generator, loss, random_array
 from weightInit import paddle, read_tensors
 
 import os
@@ -123,7 +123,7 @@ def check_algorithm(place):
         return sum(map(float, losses)) / 2
 
     for step, batches in enumerate(zip(*(reader.epoch(1) for reader in readers), strict=True), 1):
-        z = [[paddle.to_tensor(latent([0, step, rank, draw], [8, 8], "normal"))
+        z = [[paddle.to_tensor(random_array([0, step, rank, draw], [8, 8], "normal"))
               for draw in (1, 2)] for rank in (0, 1)]
         d_loss = descend([
             loss(D(paddle.to_tensor(images / np.float32(127.5) - 1)), 1)

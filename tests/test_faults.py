@@ -682,7 +682,7 @@ def test_checkpoint_of_another_network_is_refused(checkpoint, monkeypatch):
             write_tensors(checkpoint.path, other, info)
             with pytest.raises(Problem, match="another network"):
                 train_here(checkpoint.folder, monkeypatch)
-        older = {name: value for name, value in info.items() if name != "origin"}
+        older = {name: value for name, value in info.items() if name != "origin_step"}
         for other in {**info, "step": "three"}, {**info, "settings": None}, older:
             write_tensors(checkpoint.path, tensors, other)
             with pytest.raises(Problem, match="cannot go on from"):

@@ -10,10 +10,10 @@ from network import (
     draw_faces,
     estimate_statistics,
     face_latents,
-    latent,
     load_generator,
     loss,
     margin,
+    random_array,
     save_generator,
 )
 from weightInit import paddle, read_tensors, write_tensors
@@ -161,7 +161,7 @@ def test_onednns_results_are_apart_and_no_memory_is_held():
     for found, expected in zip(zip(images, logits, strict=True), kept, strict=True):
         np.testing.assert_array_equal(found[0].numpy(), expected[0])
         np.testing.assert_array_equal(found[1].numpy(), expected[1])
-    _, variables, _ = network.onednn_operators("outputs", "kernels [8, 3, 4, 4] 2 1", 2, 1)
+    _, variables, _ = network.onednn_operators("small", "kernels [8, 3, 4, 4] 2 1", 2, 1)
     assert len(variables) == 5
     for tensor in variables.values():
         assert not tensor._is_initialized()
@@ -253,13 +253,13 @@ def test_loss_does_not_overflow():
 
 
 def test_latents_depend_on_their_key_alone():
-    normal = latent([0, 5, 0, 1], [1000, 100], "normal")
+    normal = random_array([0, 5, 0, 1], [1000, 100], "normal")
     assert normal.dtype == np.float32
-    np.testing.assert_array_equal(normal, latent([0, 5, 0, 1], [1000, 100], "normal"))
+    np.testing.assert_array_equal(normal, random_array([0, 5, 0, 1], [1000, 100], "normal"))
     assert abs(normal.mean()) < 0.02
     assert normal.std() == pytest.approx(1, abs=0.02)
-    assert (normal[0] != latent([0, 6, 0, 1], [1, 100], "normal")).any()
-    uniform = latent([0, 5], [1000, 100], "uniform")
+    assert (normal[0] != random_array([0, 6, 0, 1], [1, 100], "normal")).any()
+    uniform = random_array([0, 5], [1000, 100], "uniform")
     assert uniform.min() >= 0
     assert uniform.max() < 1
     assert uniform.mean() == pytest.approx(0.5, abs=0.01)
@@ -396,8 +396,8 @@ def test_estimated_statistics_are_means_over_all_batches():
     assert not G.training
     deconv, norm, _ = G.layers[0]
     assert norm._momentum == 0.5
-    images = [deconv(paddle.to_tensor(latent([0, 0, 0, batch], [256, 7, 1, 1], "normal"))).numpy()
-              for batch in range(1, 6)]
+    latents = [random_array([0, 0, 0, batch], [256, 7, 1, 1], "normal") for batch in range(1, 6)]
+    images = [deconv(paddle.to_tensor(z)).numpy() for z in latents]
     for found, expected in (norm._mean, np.mean), (norm._variance, np.var):
         np.testing.assert_allclose(found.numpy(), np.mean(
             [expected(batch, axis=(0, 2, 3)) for batch in images], axis=0), rtol=1e-3, atol=1e-7)

@@ -7,10 +7,10 @@ from network import (
     Generator,
     draw_faces,
     face_latents,
-    latent,
     load_generator,
     loss,
     margin,
+    random_array,
 )
 from train import (
     State,
@@ -132,7 +132,7 @@ def test_checkpoint_has_all_that_an_optimizer_keeps(tmp_path, monkeypatch, optim
     """
     def step_twice(state):
         for number in range(2):
-            z = paddle.to_tensor(latent([number], [1, 8, 5], "normal"))
+            z = paddle.to_tensor(random_array([number], [1, 8, 5], "normal"))
             images = paddle.full([8, 3, 32, 32], 100 * number, "uint8")
             iterate(state, images, z, None, d_steps=1, g_steps=1)
 
@@ -226,7 +226,7 @@ def test_latents_are_new_for_every_step_and_process():
     z = np.stack([latents for latents, _ in drawn])
     assert z.shape == (6, 3, 16, 5)
     assert len(np.unique(z)) == z.size
-    np.testing.assert_array_equal(z[4, 1], latent([3, 9, 0, 2], [16, 5], "uniform"))
+    np.testing.assert_array_equal(z[4, 1], random_array([3, 9, 0, 2], [16, 5], "uniform"))
 
 
 def test_what_d_sees_is_augmented_with_draws_of_its_own(state, monkeypatch):
@@ -363,7 +363,7 @@ def test_average_in_the_file_is_that_over_the_iterations(trained, tmp_path, monk
 def test_eval_faces_have_mean_and_spread_of_train_faces(trained):
     """With the statistics in the file; those that run along with batches of 4 do not do."""
     path = trained / "Output" / "generator.safetensors"
-    z = paddle.to_tensor(latent([5], [1000, 100], "normal"))
+    z = paddle.to_tensor(random_array([5], [1000, 100], "normal"))
 
     def levels(net):
         with paddle.no_grad():
@@ -381,7 +381,7 @@ def test_eval_faces_have_mean_and_spread_of_train_faces(trained):
         generator, _ = load_generator(path, raw)
         assert (off(generator) < 0.02).all()
         for step in range(8):
-            generator(paddle.to_tensor(latent([0, step], [4, 100], "normal")))
+            generator(paddle.to_tensor(random_array([0, step], [4, 100], "normal")))
         assert (off(generator) > 0.04).any()
 
 
@@ -500,7 +500,8 @@ def test_losses_are_those_of_the_algorithm(trained):
     rows = table(trained)
     for step, images in zip((1, 2, 3), reader.epoch(1), strict=False):
         # G's first step is on the latent vectors of D's
-        z = [paddle.to_tensor(latent([0, step, 0, k], [16, 100], "normal")) for k in (1, 1, 2)]
+        latents = [random_array([0, step, 0, k], [16, 100], "normal") for k in (1, 1, 2)]
+        z = [paddle.to_tensor(latent) for latent in latents]
         real = paddle.to_tensor(images / np.float32(127.5) - 1)
         d_loss = loss(D(real), 1) + loss(D(G(z[0]).detach()), 0)
         d_loss.backward()
