@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 # --- settings (each is also a flag, e.g. --image_size 128) ---------------------------------------
@@ -447,11 +447,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "HEIF", "AVIF", "
 LARGE = 2**25  # pixels of an image that is decoded while no other large one is, at most
 BYTES_PER_PIXEL = 16  # at most, while an image is decoded and converted
 one_large_image = threading.Lock()
-# by EXIF's orientation; ImageOps.exif_transpose fails where it cannot write other metadata again
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
 Image.MAX_IMAGE_PIXELS = None  # `most_pixels` is the limit
 # Bytes of a PNG's texts, or of its colour profile: image generators keep much there.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
@@ -514,11 +509,9 @@ def read_image(source):
 
 def to_rgb(image):
     """A loaded image of any mode, with its metadata → an upright one of mode RGB, in sRGB."""
-    turn = None
-    with contextlib.suppress(Exception):  # metadata may be senseless
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:
-        image = image.transpose(turn)
+    # in place: then it turns before it writes the metadata again, which may be senseless
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
     profile = image.info.get("icc_profile")
     if image.mode[0] in "IF":
         image = to_8_bits(image)
