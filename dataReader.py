@@ -356,26 +356,24 @@ def replacing(path, sync=True):
 def in_threads(function, items, title, threads, reasons):
     """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar.
 
-    An item that raises an error, as PIL may any, is left out: see `leave_out`.
+    Left out are results of None, and items that raise an error, as PIL may any: see `leave_out`.
     """
     def attempt(item):
         threading.current_thread().item = item
-        return function(item)
-
+        try:
+            return function(item)
+        except Exception as error:
+            leave_out(item, error, reasons)
+            return None
     bar = tqdm(total=len(items), desc=title, unit="img")
     with warnings_of_items(), ThreadPoolExecutor(threads) as pool, bar:
         try:
             # a thousand at a time, so that few results wait for their turn
             for start in range(0, len(items), 1000):
-                some = items[start:start + 1000]
-                futures = [pool.submit(attempt, item) for item in some]
-                for item, future in zip(some, futures, strict=True):
-                    error = future.exception()
-                    if error is None:
-                        yield future.result()
-                    else:
-                        leave_out(item, error, reasons)
+                for result in pool.map(attempt, items[start:start + 1000]):
                     bar.update()
+                    if result is not None:
+                        yield result
         finally:
             pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
 
