@@ -757,7 +757,7 @@ def pack(folder, files, size, state):
 
 def check_outside(folder, data):
     """Raise a Problem if a folder to write to lies in one whose images are read, or is it."""
-    if Path(data).resolve() in [Path(folder).resolve(), *Path(folder).resolve().parents]:
+    if Path(folder).resolve().is_relative_to(Path(data).resolve()):
         raise Problem(f"{folder} lies in {data}: write elsewhere, or what is written would be read"
                       " as an image the next time")
 
