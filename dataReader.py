@@ -89,8 +89,8 @@ def numeric(kind, least=-math.inf, below=math.inf):
     return Kind(words, convert, {"metavar": kind.__name__})
 
 
-whole = functools.partial(numeric, int)
-real = functools.partial(numeric, float)
+whole_number = functools.partial(numeric, int)
+real_number = functools.partial(numeric, float)
 
 
 def one_of(*choices):
@@ -116,10 +116,11 @@ YES_NO = Kind("True or False", one_of(True, False).convert,
               {"action": argparse.BooleanOptionalAction})
 TEXT = Kind("a text", str, {"metavar": "str"})
 PATH = Kind("a path", as_path, {"metavar": "path"})
-KINDS = {bool: YES_NO, int: whole(), float: real(), str: TEXT}  # of what ALLOWED does not name
+# of settings that ALLOWED does not name
+KINDS = {bool: YES_NO, int: whole_number(), float: real_number(), str: TEXT}
 
 # --- what the settings above may be, and what --demo stands for ----------------------------------
-ALLOWED = {"data_path": PATH, "image_size": one_of(*SIZES), "seed": whole(0, 2**32),
+ALLOWED = {"data_path": PATH, "image_size": one_of(*SIZES), "seed": whole_number(0, 2**32),
            "flip": YES_NO, "output_path": PATH}
 DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output"}
 

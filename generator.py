@@ -14,7 +14,7 @@ Face number k of a seed is the same face whatever the count, and on any device u
 import dataReader  # first: it checks the system, and Paddle 2.6 must not be loaded before Pillow
 import network
 import weightInit
-from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole
+from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole_number
 
 from pathlib import Path
 
@@ -43,12 +43,12 @@ def face_numbers(value):
     text = "" if value is None else ",".join(map(str, np.atleast_1d(value)))
     if not text:
         return []
-    number = whole(0, LIMIT)
+    face = whole_number(0, LIMIT)
     numbers = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        start = number.convert(first)
-        stop = number.convert(last) if dash else start
+        start = face.convert(first)
+        stop = face.convert(last) if dash else start
         if stop < start:
             raise ValueError
         numbers += range(start, stop + 1)
@@ -58,8 +58,8 @@ def face_numbers(value):
 FACES = Kind("numbers of faces below 1,000,000, such as 3,17,40-60", face_numbers,
              {"metavar": "int", "nargs": "+"})
 ALLOWED = {
-    "checkpoint": PATH, "raw": YES_NO, "count": whole(1, LIMIT + 1),
-    "seeds": FACES, "seed": whole(0, 2**32), "individual": YES_NO, "interpolate": FACES,
+    "checkpoint": PATH, "raw": YES_NO, "count": whole_number(1, LIMIT + 1),
+    "seeds": FACES, "seed": whole_number(0, 2**32), "individual": YES_NO, "interpolate": FACES,
     "compare": Kind("a path", lambda path: PATH.convert(path) if path else None, PATH.flag),
     "output_path": PATH, "device": one_of("auto", "gpu", "cpu")}
 DEMO = {"checkpoint": "demo/Output/generator.safetensors", "output_path": "demo/Generate"}

@@ -33,12 +33,13 @@ class Discriminator(nn.Layer):
         layers = [conv(CHANNELS, channels[0]), nn.LeakyReLU(0.2)]  # [N, 64, 32, 32]
         for before, after in itertools.pairwise(channels):  # [N, 128, 16, 16], [N, 256, 8, 8],
             layers.append(conv_bn(before, after))           # [N, 512, 4, 4]
-        layers.append(Flatten())                            # [N, 8192]
-        layers.append(fc(channels[-1] * 4 * 4, 2))          # [N, 2]
         self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels[-1] * 4 * 4, 2, weight_attr=weight_initializer())
 
     def forward(self, images):
-        return self.layers(images)
+        # not flatten(1), which cannot be differentiated twice, as a gradient penalty needs
+        features = self.layers(images).reshape([images.shape[0], -1])  # [N, 8192]
+        return self.fc(features)                                       # [N, 2]
 
 
 class Generator(nn.Layer):
@@ -66,12 +67,8 @@ def channels_by_layer(image_size, width):
     """Channels of the images of S/2, S/4, ..., 4 pixels: `[64, 128, 256, 512]` for S=64."""
     if image_size not in SIZES:
         raise ValueError(f"image_size is {image_size}, but can be {', '.join(map(str, SIZES))}")
-    channels = [width]
-    size = image_size // 2
-    while size > 4:
-        channels.append(2 * channels[-1])
-        size //= 2
-    return channels
+    halvings = int(np.log2(image_size // 4))  # from S to 4 pixels
+    return [width * 2**layer for layer in range(halvings)]
 
 
 # --- building blocks (§3.4); N images, C channels, S height and width ----------------------------
@@ -96,20 +93,6 @@ MOMENTUM = 0.5  # of BN: running = 0.5·running + 0.5·batch (§3.5, §3.6)
 def bn(channels):
     """Batch normalization, which keeps running statistics for eval mode."""
     return nn.BatchNorm2D(channels, momentum=MOMENTUM, weight_attr=bn_initializer())
-
-
-def fc(features_in, features_out):
-    """Fully connected layer: `[N, features_in]` → `[N, features_out]`."""
-    return nn.Linear(features_in, features_out, weight_attr=weight_initializer())
-
-
-class Flatten(nn.Layer):
-    """`[N, C, S, S]` → `[N, C·S·S]`; Paddle's own cannot be differentiated twice, which a gradient
-    penalty needs.
-    """
-
-    def forward(self, images):
-        return images.reshape([images.shape[0], -1])
 
 
 def conv_bn(channels_in, channels_out):
@@ -245,15 +228,6 @@ def join_weights(net):
     net.vector.stop_gradient = False  # an optimizer leaves out what needs no gradient
 
 
-@paddle.no_grad()
-def take_gradient(net):
-    """The gradient of `net.vector`: gather those of the weights, and free them."""
-    gradient = paddle.concat([weight.grad.flatten() for weight in net.weights])
-    for weight in net.weights:
-        weight.clear_gradient(False)  # True would fill it with zeros
-    return gradient
-
-
 # --- the generator to draw with ------------------------------------------------------------------
 @paddle.no_grad()
 def average_weights(averaged, generator, decay):
@@ -324,12 +298,10 @@ def load_generator(path, raw=False):
     damaged, or has no raw weights though asked for.
     """
     arrays, info = weightInit.read_tensors(path, "generator")
-    in_training = {name.removeprefix("raw."): value for name, value in arrays.items()
-                   if name.startswith("raw.")}
-    averaged = {name: value for name, value in arrays.items() if not name.startswith("raw.")}
-    if raw and not in_training:
+    wanted = {name.removeprefix("raw."): value for name, value in arrays.items()
+              if name.startswith("raw.") == raw}
+    if raw and not wanted:
         raise Problem(f"{path} has the averaged weights alone: draw without --raw")
-    wanted = in_training if raw else averaged
     # all or none: a mixture is no file of ours, and `check_shapes` refuses what is not float32
     if all(value.dtype == np.float16 for value in wanted.values()):
         wanted = {name: value.astype("float32") for name, value in wanted.items()}

@@ -11,7 +11,7 @@ A run that was stopped goes on where it was. Files that are no photos are named 
 """
 
 import dataReader  # first: it checks the system, and lets Ctrl-C end what loads after it
-from dataReader import PATH, YES_NO, Problem, one_of, whole
+from dataReader import PATH, YES_NO, Problem, one_of, whole_number
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ find_faces = False              # find all faces, and cut each out as CelebA fra
 
 # --- what they may be, and what --demo stands for, which also makes the photos in demo/photos/ ---
 ALLOWED = {"input": PATH, "output": PATH, "image_size": one_of(*dataReader.SIZES),
-           "threads": whole(1), "find_faces": YES_NO}
+           "threads": whole_number(1), "find_faces": YES_NO}
 DEMO = {"input": "demo/photos", "output": "demo/imgs"}
 
 # --- the crops -----------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ Edit the settings below or pass them as flags. Everything is written to Output/:
 import dataReader
 import network
 import weightInit
-from dataReader import PATH, YES_NO, Problem, one_of, say, whole
-from dataReader import real as real_number
+from dataReader import PATH, YES_NO, Problem, one_of, real_number, say, whole_number
 from weightInit import paddle  # made ready there
 
 import ast
@@ -39,7 +38,6 @@ import re
 import shlex
 import signal
 import time
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -83,15 +81,15 @@ change = False           # go on though rates, betas, steps, batch_size, ... or 
 # --- what they may be, and what --demo stands for ------------------------------------------------
 ALLOWED = {
     "data_path": PATH, "image_size": one_of(*dataReader.SIZES),
-    "z_dim": whole(1), "width": whole(1), "noise": one_of(*network.NOISES),
-    "epochs": whole(1), "batch_size": whole(1),
+    "z_dim": whole_number(1), "width": whole_number(1), "noise": one_of(*network.NOISES),
+    "epochs": whole_number(1), "batch_size": whole_number(1),
     "learning_rate": real_number(1e-8, 1),  # float32 weights do not feel less
     "beta1": real_number(0, 1), "beta2": real_number(0, 1),
-    "d_steps": whole(1), "g_steps": whole(1),
-    "augment": YES_NO, "flip": YES_NO, "seed": whole(0, 2**32),
+    "d_steps": whole_number(1), "g_steps": whole_number(1),
+    "augment": YES_NO, "flip": YES_NO, "seed": whole_number(0, 2**32),
     "ema_decay": real_number(0, 1), "amp": YES_NO, "device": one_of("auto", "gpu", "cpu"),
-    "deterministic": YES_NO, "output_path": PATH, "log_every": whole(1),
-    "sample_every": whole(1), "save_minutes": real_number(0), "keep": whole(1),
+    "deterministic": YES_NO, "output_path": PATH, "log_every": whole_number(1),
+    "sample_every": whole_number(1), "save_minutes": real_number(0), "keep": whole_number(1),
     "restart": YES_NO, "change": YES_NO}
 DEMO = {"data_path": "demo/imgs", "output_path": "demo/Output", "width": 16, "batch_size": 16,
         "learning_rate": 0.0005, "epochs": 17, "sample_every": 100}
@@ -115,6 +113,7 @@ class State:
     # has gone on with another number of batches.
     origin_step: int = 0
     origin_epoch: int = 0
+    hopeless: int = 0       # iterations in a row, up to this one, with D sure of all faces
     grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0336"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
@@ -153,14 +152,17 @@ def build(options, amp):
 def descend(loss, net, optimizer, scaler):
     """One optimizer step of a network down the gradient of a loss, a 0-D tensor."""
     scaler.scale(loss).backward()
-    gradient = network.take_gradient(net)
+    with paddle.no_grad():
+        gradient = paddle.concat([weight.grad.flatten() for weight in net.weights])
+    for weight in net.weights:
+        weight.clear_gradient(False)  # frees it; True would fill it with zeros
     if dist.get_world_size() > 1:  # the processes' mean, before the scaler looks for an overflow
         dist.all_reduce(gradient)
         gradient.scale_(1 / dist.get_world_size())
     net.vector.grad = gradient
     scaler.step(optimizer)
     scaler.update()
-    optimizer.clear_grad(False)  # frees it; True would fill it with zeros
+    optimizer.clear_grad(False)
 
 
 def d_step(D, optimizer, scaler, real, fake):
@@ -322,8 +324,8 @@ MAY_CHANGE = {"data_path", "epochs", "device", "deterministic", "output_path", "
 # and these with --change: the networks can be trained with others.
 CHANGE_IF_TOLD = {"learning_rate", "beta1", "beta2", "d_steps", "g_steps", "ema_decay", "augment",
                   "flip", "amp", "batch_size", "images"}
-# fields of State that the checkpoint has as JSON
-REMEMBERED = "settings", "batches", "step", "origin_step", "origin_epoch", "grids", "changes"
+# fields of State that the checkpoint has as JSON, beside settings and batches
+PROGRESS = "step", "origin_step", "origin_epoch", "hopeless", "grids", "changes"
 START_OVER = "pass another --output_path, or --restart to move the old run aside"
 # The files in the docstring at the top, which --restart moves: name a new one here too.
 WRITTEN = re.compile(r"losses\.(csv|png)|progress\.gif|(real_vs_fake|training_images)\.png"
@@ -417,14 +419,16 @@ def save(path, state):
                   for key, value in state.scaler.state_dict().items()}
         weightInit.write_tensors(path, arrays, {
             "kind": "checkpoint", "code": code_digest(), "scaler": scaler,
-            **{name: getattr(state, name) for name in REMEMBERED}})
+            "settings": state.settings, "batches": state.batches,
+            **{name: getattr(state, name) for name in PROGRESS}})
 
 
 def read_checkpoint(path, settings, change):
     """Read (arrays, info); a Problem if it is damaged, or settings differ that may not."""
     try:
         arrays, found = weightInit.read_tensors(path, "checkpoint")
-        info = {name: found[name] for name in (*REMEMBERED, "scaler", "code")}
+        info = {name: found[name]
+                for name in ("code", "scaler", "settings", "batches", *PROGRESS)}
         old = dict(info["settings"])
         step = int(info["step"])
     except (Problem, KeyError, TypeError, ValueError) as error:
@@ -471,7 +475,7 @@ def load(path, state, change):
         tensor.copy_(paddle.to_tensor(arrays[name], place=paddle.CPUPlace()), True)
     if info["scaler"]:
         state.scaler.load_state_dict(info["scaler"])  # does nothing unless it is enabled
-    for name in "step", "origin_step", "origin_epoch", "grids", "changes":
+    for name in PROGRESS:
         setattr(state, name, info[name])
     if info["batches"] != state.batches:
         # an epoch that was begun counts as done: go on with the first batch of the next
@@ -495,43 +499,26 @@ def make_optimizer_state(net, optimizer):
 D_WON_AFTER = 300  # hopeless iterations in a row: then there is a warning, as after every 300 more
 
 
-def read_row(row):
-    """The first seven numbers of a row of losses.csv; an empty list if it is torn, or a heading."""
-    try:
-        numbers = [float(cell) for cell in row.split(",")[:7]]
-    except ValueError:
-        return []
-    return numbers if len(numbers) == 7 and row.endswith("\n") else []
-
-
 def continue_table(path, step):
     """Cut losses.csv after iteration `step`: the iterations that follow will be done again.
 
-    Returns what is left as one flat array, seven numbers a row; the curves are drawn from it. Only
-    the first process has any.
+    Torn rows are left out too, and columns after the seventh.
     """
-    history = array("f")  # a long run's is large
-    if is_main():
-        with open(path if path.exists() else os.devnull, errors="replace") as old, \
-                dataReader.replacing(path) as new:
-            new.write(b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n")
-            for row in old:
-                numbers = read_row(row)
-                if numbers and numbers[0] <= step:
-                    new.write(",".join(row.strip().split(",")[:7]).encode() + b"\n")
-                    history.extend(numbers)
-    return history
+    with open(path if path.exists() else os.devnull, errors="replace") as old, \
+            dataReader.replacing(path) as new:
+        new.write(b"step,epoch,batch,d_loss,g_loss,d_real,d_fake\n")
+        for row in old:
+            cells = row.strip().split(",")[:7]
+            try:
+                numbers = [float(cell) for cell in cells]
+            except ValueError:  # the heading, or torn
+                continue
+            if len(numbers) == 7 and row.endswith("\n") and numbers[0] <= step:
+                new.write(",".join(cells).encode() + b"\n")
 
 
-def hopeless_iterations(history):
-    """How many of the last iterations in a row had a mean D(G(z)) below 0.01, hopeless for G."""
-    hopeful = np.flatnonzero(np.frombuffer(history, np.float32)[6::7] >= 0.01)
-    total = len(history) // 7
-    return total - 1 - hopeful[-1] if len(hopeful) else total
-
-
-def log(folder, history, pending, state):
-    """Write what is pending to losses.csv and `history`, and warn if D has won.
+def log(folder, pending, state):
+    """Write what is pending to losses.csv, and warn if D has won.
 
     `pending` is a dict from (step, epoch, batch) to what `iterate` returned. Returns the last of
     that. Raises a Problem if a value is not finite; the rows before it have been written then, and
@@ -541,30 +528,28 @@ def log(folder, history, pending, state):
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     values = values.numpy() / dist.get_world_size()  # waits for the device
-    is_finite = np.isfinite(values).all(axis=1)
-    finite_rows = len(values) if is_finite.all() else is_finite.argmin()  # before the first bad one
-    places = list(pending)
     rows = []
-    for place, losses in zip(places[:finite_rows], values[:finite_rows], strict=True):
-        step, epoch, batch = place
+    bad_step = None
+    for (step, epoch, batch), losses in zip(pending, values, strict=True):
+        if not np.isfinite(losses).all():
+            bad_step = step
+            break
         cells = ",".join(f"{value:.6g}" for value in losses)
         rows.append(f"{step},{epoch},{batch},{cells}\n")
-        history.extend(read_row(rows[-1]))
+        _, _, _, d_fake = losses
+        state.hopeless = state.hopeless + 1 if d_fake < 0.01 else 0
+        if state.hopeless and state.hopeless % D_WON_AFTER == 0 and is_main():
+            say(f"iteration {step}: D has won, its mean verdict on faces, D(G(z)), stayed below"
+                f" 0.01 for {state.hopeless} iterations: stop (Ctrl-C), and {advice(state)}")
     if is_main():
         try:
             with open(folder / "losses.csv", "a") as file:
                 file.writelines(rows)
         except OSError as error:
             raise Problem(f"cannot write {folder / 'losses.csv'}: {error.strerror}") from error
-    if finite_rows < len(values):
-        try_to_write(draw_curves, folder / "losses.png", history)
-        step, _, _ = places[finite_rows]
-        raise Problem(f"the loss of iteration {step} is not finite; {advice(state)}")
-    hopeless = hopeless_iterations(history)
-    before = max(0, hopeless - len(rows))
-    if hopeless // D_WON_AFTER > before // D_WON_AFTER and is_main():
-        say(f"iteration {places[-1][0]}: D has won, its mean verdict on faces, D(G(z)), stayed"
-            f" below 0.01 for {hopeless} iterations: stop (Ctrl-C), and {advice(state)}")
+    if bad_step:
+        try_to_write(draw_curves, folder / "losses.png")
+        raise Problem(f"the loss of iteration {bad_step} is not finite; {advice(state)}")
     return values[-1]
 
 
@@ -602,19 +587,20 @@ def draw_training_images(path, reader, is_augmented):
     dataReader.save_png(path, dataReader.grid(images, COLUMNS))
 
 
-def draw_curves(path, history):
-    """Draw losses.png: both losses, D(x) and D(G(z)) (§5).
+def draw_curves(path):
+    """Draw losses.png, from the losses.csv beside it: both losses, D(x) and D(G(z)) (§5).
 
     Thin: each iteration; bold: the running mean over a fiftieth of the run; shaded: lowest to
     highest. Of a long run a thousand stretches are drawn in place of iterations.
     """
-    if not history:
+    rows = path.with_suffix(".csv").read_text().splitlines()[1:]
+    if not rows:
         return
-    D_LOSS, G_LOSS, D_REAL, D_FAKE = 1, 2, 3, 4  # columns, beside the iteration in column 0
-    table = np.array(history).reshape(-1, 7)[:, [0, 3, 4, 5, 6]]
+    STEP, D_LOSS, G_LOSS, D_REAL, D_FAKE = 0, 3, 4, 5, 6  # columns
+    table = np.loadtxt(rows, delimiter=",", ndmin=2)
     starts = np.arange(0, len(table), 1 + len(table) // 1000)
     lengths = np.diff([*starts, len(table)])[:, None]
-    means = np.add.reduceat(table, starts, dtype=np.float64) / lengths
+    means = np.add.reduceat(table, starts) / lengths
     lows = np.minimum.reduceat(table, starts)
     highs = np.maximum.reduceat(table, starts)
     window = np.ones(1 + len(means) // 50) / (1 + len(means) // 50)
@@ -625,10 +611,10 @@ def draw_curves(path, history):
                 (above, G_LOSS, "C0", "generator G"), (above, D_LOSS, "C1", "discriminator D"),
                 (below, D_REAL, "C2", "D(x), real images"),
                 (below, D_FAKE, "C3", "D(G(z)), generated images")):
-            axes.fill_between(means[:, 0], lows[:, curve], highs[:, curve], color=color,
+            axes.fill_between(means[:, STEP], lows[:, curve], highs[:, curve], color=color,
                               alpha=0.2, linewidth=0)
-            axes.plot(means[:, 0], means[:, curve], color, alpha=0.25, linewidth=0.5)
-            axes.plot(smooth[:, 0], smooth[:, curve], color, label=label)
+            axes.plot(means[:, STEP], means[:, curve], color, alpha=0.25, linewidth=0.5)
+            axes.plot(smooth[:, STEP], smooth[:, curve], color, label=label)
             axes.legend(loc="lower left")
         top = np.quantile(table[:, [D_LOSS, G_LOSS]], 0.95)  # no spikes
         above.set(title="Losses of generator and discriminator", ylabel="loss (nats)",
@@ -684,12 +670,12 @@ def draw_comparison(path, reader, state):
         path, Real_faces=reader.sample(GRID), Generated_faces=draw_shown(state))
 
 
-def write_results(folder, state, history):
+def write_results(folder, state):
     """Write generator.safetensors, and draw the curves: what goes with a checkpoint."""
     if is_main():
         network.save_generator(folder / "generator.safetensors", state.average, state.generator,
                                state.settings["noise"], state.step)
-    try_to_write(draw_curves, folder / "losses.png", history)
+    try_to_write(draw_curves, folder / "losses.png")
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -753,17 +739,17 @@ def train(options):
             "amp": amp, "processes": reader.world_size,
             "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
         load(folder / "checkpoint.safetensors", state, options.change)
-        history = continue_table(folder / "losses.csv", state.step)
         epochs_left = max(0, options.epochs - state.origin_epoch)
         total = state.origin_step + epochs_left * len(reader)
         if is_main():
+            continue_table(folder / "losses.csv", state.step)
             announce(folder, state, reader, total)
         try_to_write(draw_training_images, folder / "training_images.png", reader, options.augment)
         if state.step >= total:  # the run may have been killed before these were written
-            write_results(folder, state, history)
+            write_results(folder, state)
             try_to_write(draw_progress, folder / "progress.gif", state)
         # does nothing if no more are asked for
-        train_until(total, folder, state, reader, options, history, signals)
+        train_until(total, folder, state, reader, options, signals)
         try_to_write(draw_comparison, folder / "real_vs_fake.png", reader, state)
         if is_main():
             path = shlex.quote(str(folder / "generator.safetensors"))
@@ -771,7 +757,7 @@ def train(options):
                   f" python generator.py --checkpoint {path}")
 
 
-def train_until(total, folder, state, reader, options, history, signals):
+def train_until(total, folder, state, reader, options, signals):
     """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
     images_per_step = options.batch_size * reader.world_size
     pending = {}  # what `iterate` returned, by (step, epoch, batch), until the next log
@@ -800,7 +786,7 @@ def train_until(total, folder, state, reader, options, history, signals):
             log_now = sample_now or is_stopped or state.step % options.log_every == 0
             if not log_now:
                 continue
-            losses = log(folder, history, pending, state)
+            losses = log(folder, pending, state)
             images_seen = len(pending) * images_per_step
             pending.clear()
             save_now = from_main(is_last or is_stopped or time.monotonic() >= next_save)
@@ -810,7 +796,7 @@ def train_until(total, folder, state, reader, options, history, signals):
             if save_now:
                 network.estimate_statistics(state.average, options.noise)
                 save(folder / "checkpoint.safetensors", state)
-                write_results(folder, state, history)
+                write_results(folder, state)
                 next_save = time.monotonic() + 60 * options.save_minutes
             if sample_now:
                 try_to_write(draw_progress, folder / "progress.gif", state)

@@ -4,7 +4,7 @@ import dataReader
 import generator
 import pretreat
 import train
-from dataReader import PATH, YES_NO, Problem, command_line, one_of, real, whole
+from dataReader import PATH, YES_NO, Problem, command_line, one_of, real_number, whole_number
 from weightInit import paddle, read_tensors
 
 import ast
@@ -36,7 +36,7 @@ above = 1
 below = 2
 '''
 KINDS = {
-    "width": whole(1), "rate": real(1e-8, 1), "flip": YES_NO, "size": one_of(32, 64),
+    "width": whole_number(1), "rate": real_number(1e-8, 1), "flip": YES_NO, "size": one_of(32, 64),
     "noise": one_of("normal", "uniform"), "folder": PATH}
 USUAL = """width = 64  # channels
 rate = 0.5
