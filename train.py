@@ -150,7 +150,10 @@ def build(options, amp):
 
 
 def descend(loss, net, optimizer, scaler):
-    """One optimizer step of a network down the gradient of a loss, a 0-D tensor."""
+    """One optimizer step of a network down the gradient of a loss, a 0-D tensor.
+
+    It waits for the other processes, so all must take it equally often.
+    """
     scaler.scale(loss).backward()
     with paddle.no_grad():
         gradient = paddle.concat([weight.grad.flatten() for weight in net.weights])
@@ -200,8 +203,8 @@ def iterate(state, images, z, draws, d_steps, g_steps):
     The first generator step is on the images that the last discriminator step saw, which saves
     making them again; D has changed since, so its verdict on them is new.
 
-    Nothing here reads a number, since the host would wait for the GPU. A step that depends on one
-    must depend on the same number in all processes, or they wait for each other for ever.
+    Nothing here reads a number, since the host would wait for the GPU. If a step is to depend on
+    one, it must be the same in all processes: see `descend`.
 
     Args:
         state: a State, whose networks and optimizers are changed.
@@ -502,7 +505,8 @@ D_WON_AFTER = 300  # hopeless iterations in a row: then there is a warning, as a
 def continue_table(path, step):
     """Cut losses.csv after iteration `step`: the iterations that follow will be done again.
 
-    Torn rows are left out too, and columns after the seventh.
+    Torn rows are left out too, and columns after the seventh. Another log of the iterations has to
+    be cut here too.
     """
     with open(path if path.exists() else os.devnull, errors="replace") as old, \
             dataReader.replacing(path) as new:
@@ -572,7 +576,7 @@ def try_to_write(write, path, *args):
 
 
 GRID = 100    # faces of a grid
-COLUMNS = 10  # of them, in a row; progress.gif shows the first 6 of the first 6 rows
+COLUMNS = 10  # of them, in a row; keep it during a run: progress.gif has the first 6 of 6 rows
 
 
 def draw_training_images(path, reader, is_augmented):
