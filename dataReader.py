@@ -199,9 +199,8 @@ class Messages:
     """
 
     def __init__(self, stream):
-        if stream is None:  # it was closed; its number must not be given to a file with data
-            stream = open(os.devnull, "w")  # noqa: SIM115
-        self.stream = stream
+        # None if it was closed; its number must not be given to a file with data
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
 
     def write(self, text):
         encoding = self.stream.encoding or "utf-8"
@@ -281,30 +280,21 @@ def say(line):
     tqdm.write(printable(line), file=sys.stderr)
 
 
-def cpu_quota(folder):
-    """Cores that the files of a cgroup, version 2 or 1, allow, rounded up; infinity without any."""
-    with contextlib.suppress(OSError, ValueError):  # there is none, or "max"
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
+def cores(groups=Path("/sys/fs/cgroup")):
+    """Cores that this process may use: by its affinity, and by a container's quota for its time.
+
+    In a container, `groups` has the files of its own cgroup, of version 2 or 1.
+    """
+    number = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # there is no quota, or it is "max"
+        if (groups / "cpu.max").exists():
+            quota, period = (groups / "cpu.max").read_text().split()
         else:
-            quota = (folder / "cpu.cfs_quota_us").read_text()
-            period = (folder / "cpu.cfs_period_us").read_text()
+            quota = (groups / "cpu/cpu.cfs_quota_us").read_text()
+            period = (groups / "cpu/cpu.cfs_period_us").read_text()
         if int(quota) > 0:
-            return math.ceil(int(quota) / int(period))
-    return math.inf
-
-
-def cores(root="/"):
-    """Cores that this process may use: by its affinity, and by a container's quota for its time."""
-    least = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError):
-        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)  # 0::/a of version 2, 3:cpu,cpuacct:/a of 1
-            if controllers == "" or "cpu" in controllers.split(","):
-                mount = Path(root, "sys/fs/cgroup", controllers and "cpu")
-                folder = mount / path.lstrip("/")
-                least = min(least, *map(cpu_quota, [folder, *folder.parents]))
-    return least
+            number = min(number, math.ceil(int(quota) / int(period)))
+    return number
 
 
 THREADS = min(8, cores())  # more would wait for Python's lock

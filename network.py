@@ -16,7 +16,6 @@ import itertools
 import numpy as np
 
 nn = paddle.nn
-F = paddle.nn.functional
 core = paddle.base.core
 
 
@@ -123,7 +122,7 @@ def loss(logits, label):
     """
     margins = margin(logits)
     labels = paddle.ones_like(margins) * label
-    return F.binary_cross_entropy_with_logits(margins, labels)
+    return nn.functional.binary_cross_entropy_with_logits(margins, labels)
 
 
 # --- differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738) -----------------------------
@@ -295,18 +294,15 @@ def save_generator(path, generator, raw, noise, step, half=False):
 def load_generator(path, raw=False):
     """Rebuild a generator, in eval mode, from its file alone; with `raw`, the one in training.
 
-    Whether the file is in float32 or float16, it computes in float32. Returns it and a dict of
+    Whatever numbers the file has, such as float16, it computes in float32. Returns it and a dict of
     z_dim, image_size, width, noise, step; raises a Problem if the file is missing, foreign or
     damaged, or has no raw weights though asked for.
     """
     arrays, info = weightInit.read_tensors(path, "generator")
-    wanted = {name.removeprefix("raw."): value for name, value in arrays.items()
-              if name.startswith("raw.") == raw}
+    wanted = {name.removeprefix("raw."): value.astype("float32")
+              for name, value in arrays.items() if name.startswith("raw.") == raw}
     if raw and not wanted:
         raise Problem(f"{path} has the averaged weights alone: draw without --raw")
-    # all or none: a mixture is no file of ours, and `check_shapes` refuses what is not float32
-    if all(value.dtype == np.float16 for value in wanted.values()):
-        wanted = {name: value.astype("float32") for name, value in wanted.items()}
     check_generator(wanted, info, path)
     generator = Generator(info["z_dim"], info["image_size"], info["width"])
     generator.set_state_dict({name: paddle.to_tensor(value) for name, value in wanted.items()})

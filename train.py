@@ -765,15 +765,14 @@ def train_until(total, folder, state, reader, options, signals):
     """The loop: iterations until `total` are done, or one of `signals` came, as SystemExit."""
     images_per_step = options.batch_size * reader.world_size
     pending = {}  # what `iterate` returned, by (step, epoch, batch), until the next log
-    # seconds of time.monotonic; 0: save at the first log, so that a full disk shows at once
-    next_save = 0.0
+    next_save = 0.0  # by time.monotonic: at the first log, so that a full disk shows at once
     with tqdm(total=max(state.step, total) * images_per_step, unit="img", unit_scale=True,
               initial=state.step * images_per_step, disable=not is_main()) as bar:
         while state.step < total:
             epoch, batch = state.next_batch()
             state.step += 1
-            # For a schedule, call both optimizers' set_lr here, by state.step: then it resumes too.
-            # If `total` is in it, see MAY_CHANGE.
+            # For a schedule, call both optimizers' set_lr here: by state.step, so that it resumes
+            # too. If it is also by `total`, see MAY_CHANGE.
             images = to_device(reader.batch(epoch + 1, batch))
             z, draws = random_numbers(options, state.step, reader.rank)
             pending[state.step, epoch + 1, batch + 1] = iterate(

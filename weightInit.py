@@ -115,7 +115,6 @@ def load_paddle():
 
 
 paddle = load_paddle()
-F = paddle.nn.functional
 
 
 # --- files of weights ----------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def try_gpu():
     paddle.set_device("gpu")
     # Without its kernels Paddle may give zeros and no error: 16 + 1 is looked at.
     ones = paddle.ones([1, 1, 4, 4])
-    if float(F.conv2d(ones, ones).sum() + 1) != 17:
+    if float(paddle.nn.functional.conv2d(ones, ones).sum() + 1) != 17:
         raise Problem("it computes wrong numbers on this card")
 
 

@@ -44,7 +44,7 @@ def card(monkeypatch):
     monkeypatch.setattr(paddle, "set_device", lambda name: setattr(card, "on", name))
     monkeypatch.setattr(paddle, "get_device", lambda: card.on)
     monkeypatch.setattr(paddle.version, "cuda_archs", lambda: weightInit.CARDS, raising=False)
-    monkeypatch.setattr(network.F, "conv2d", conv2d)
+    monkeypatch.setattr(network.nn.functional, "conv2d", conv2d)
     return card
 
 

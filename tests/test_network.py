@@ -418,11 +418,6 @@ def test_file_without_raw_weights_and_in_float16(tmp_path):
         with pytest.raises(Problem, match="averaged weights alone: draw without --raw") as error:
             load_generator(tmp_path / name, raw=True)
         assert "\n" not in str(error.value)
-    tensors, info = read_tensors(tmp_path / "half", "generator")
-    tensors["layers.0.1.bias"] = tensors["layers.0.1.bias"].astype("float32")
-    write_tensors(tmp_path / "mixed", tensors, info)
-    with pytest.raises(Problem, match="another network"):
-        load_generator(tmp_path / "mixed")
 
 
 def test_foreign_and_damaged_files_are_one_clear_line(tmp_path, monkeypatch):
@@ -450,8 +445,7 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path, monkeypatch):
                    {"image_size": 32.0}):
         write_tensors(tmp_path / "other", tensors, {**info, **change})
         assert "another network" in message((tmp_path / "other").read_bytes())
-    for change in {"layers.3.bias": np.zeros(3)}, {"layers.1.0.weight": np.zeros([2, 2])}, {
-            "layers.3.weight": tensors["layers.3.weight"].astype(np.float64)}:
+    for change in {"layers.3.bias": np.zeros(3)}, {"layers.1.0.weight": np.zeros([2, 2])}:
         write_tensors(tmp_path / "other", {**tensors, **change}, info)
         assert "another network" in message((tmp_path / "other").read_bytes())
     for name, value, words in (

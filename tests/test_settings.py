@@ -228,7 +228,7 @@ def test_message_that_cannot_be_delivered_is_no_error(pictures, broken):
                           cwd=pictures.parent, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     picture = pictures.parent / "Output" / "training_images.png"
-    assert Image.open(picture).size == (10 * 66 + 2, 66 + 2)
+    assert Image.open(picture).size == (3 * 66 + 2, 66 + 2)
 
 
 def test_names_are_written_as_the_terminal_can_show_them(pictures):
@@ -288,20 +288,15 @@ def test_mistake_of_the_code_keeps_its_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("groups", "files", "number"), [
-    ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 2),
-    ("0::/a/b\n", {"a/b/cpu.max": "50000 100000", "a/cpu.max": "150000 100000"}, 1),
-    ("0::/\n", {"cpu.max": "max 100000"}, 64), ("0::/../a\n", {}, 64), (None, {}, 64),
-    ("4:cpuacct,cpu:/docker/1\n1:name=systemd:/x\n",
-     {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-    ("4:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 64)])
-def test_cores_are_those_of_the_container(tmp_path, monkeypatch, groups, files, number):
+@pytest.mark.parametrize(("files", "number"), [
+    ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "50000 100000\n"}, 1),
+    ({"cpu.max": "max 100000\n"}, 64), ({}, 64),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64)])
+def test_cores_are_those_of_the_container(tmp_path, monkeypatch, files, number):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    if groups is not None:
-        files["proc/self/cgroup"] = groups
+    (tmp_path / "cpu").mkdir()
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert dataReader.cores(tmp_path) == number
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
