@@ -19,7 +19,7 @@ from dataReader import PATH, YES_NO, Kind, Problem, one_of, say, whole_number
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # --- settings (each is also a flag, e.g. --count 16) ---------------------------------------------
@@ -86,10 +86,8 @@ def between(a, b, steps, noise):
 
 def enlarge(picture, most):
     """Enlarge a uint8 `[H, W, 3]` by the whole factor that keeps it within `most` pixels, or 8."""
-    height, width, _ = picture.shape
-    factor = min(8, max(1, most // max(height, width)))
-    return Image.fromarray(picture).resize(
-        (width * factor, height * factor), Image.Resampling.BICUBIC)
+    factor = min(8, max(1, most // max(picture.shape)))
+    return ImageOps.scale(Image.fromarray(picture), factor, Image.Resampling.BICUBIC)
 
 
 def draw_grid(faces_of, numbers, folder, individual):
