@@ -607,9 +607,9 @@ def figure_file(path, size, dpi):
         figure.savefig(file, format="png", dpi=dpi)
 
 
-def save_grids(path, **grids):
-    """Draw grids of uint8 `[N, 3, H, W]` side by side, each under its keyword as title (§5)."""
-    pictures = {name.replace("_", " "): grid(images) for name, images in grids.items()}
+def save_grids(path, grids):
+    """Draw grids side by side (§5); `grids` is a dict from title to uint8 `[N, 3, H, W]`."""
+    pictures = {title: grid(images) for title, images in grids.items()}
     height = max(picture.shape[0] for picture in pictures.values())
     width = max(picture.shape[1] for picture in pictures.values())
     margin = 40  # above each grid, for its title, and beside it

@@ -139,7 +139,7 @@ def draw_interpolation(generator, z, noise, folder):
     dataReader.save_png(folder / "interpolation.png", enlarge(strip, 1400))
 
     frames = [enlarge(face.transpose(1, 2, 0), 256) for face in np.concatenate(legs)]
-    dataReader.save_gif(folder / "interpolation.gif", frames, 50, 50)
+    dataReader.save_gif(folder / "interpolation.gif", frames, wait=50, rest=50)
     return folder / "interpolation.gif"
 
 
@@ -172,8 +172,8 @@ def main():
         if options.compare:
             faces = faces_of(numbers[:100])
             pictures.append(folder / "real_vs_fake.png")
-            dataReader.save_grids(
-                pictures[-1], Real_faces=reader.sample(len(faces)), Generated_faces=faces)
+            dataReader.save_grids(pictures[-1], {
+                "Real faces": reader.sample(len(faces)), "Generated faces": faces})
         if not pictures:
             pictures.append(draw_grid(faces_of, numbers, folder, options.individual))
     print(f"drawn by a generator trained for {info['step']} iterations:", *pictures)

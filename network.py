@@ -100,7 +100,7 @@ def conv_bn(channels_in, channels_out):
 
 
 def deconv_bn(channels_in, channels_out, stride=2, padding=1):
-    """The generator's block: `[N, C, S, S]` → `[N, C', 2S, 2S]`."""
+    """The generator's block: `[N, C, S, S]` → `[N, C', 2S, 2S]`, or as `deconv` says."""
     return nn.Sequential(
         deconv(channels_in, channels_out, stride, padding), bn(channels_out), nn.ReLU())
 
@@ -153,9 +153,9 @@ def shift(images, draws):
     size = images.shape[2]
     distances = (draws * (size // 4 + 1)).floor() - size // 8
     down, right = distances.T.reshape([2, -1, 1, 1, 1])
-    # Each image has its own matrices of zeros and ones, [N, 1, S, S]. In `rows` there is a one
-    # where row i of the result is row j of the image. Slicing would be plainer, but for it the
-    # distances must be known on the host, which would wait for the GPU.
+    # Each image has its own matrices of zeros and ones, [N, 1, S, S]. `rows`, at its left, has ones
+    # where row i of the result is row j of the image; `columns`, at its right, where column j is
+    # the image's column i. To slice instead, the host would have to wait for the distances.
     i = paddle.arange(size, dtype="float32").reshape([size, 1])
     j = i.T
     rows = (i - j == down).astype("float32")
@@ -195,7 +195,7 @@ def random_array(key, shape, noise):
         [0, 0, 0, batch + 1]                latent vectors of `estimate_statistics`
 
     NumPy fills a key of fewer than 4 numbers with zeros, so [1, 2] draws what [1, 2, 0, 0] does: a
-    longer key must not end with 0.
+    key of more than 2 must not end with 0, or it could be that of a face.
     """
     draw = NOISES[noise]
     return draw(np.random.default_rng(key), shape, dtype=np.float32)
@@ -240,7 +240,7 @@ def estimate_statistics(generator, noise, batches=5):
     """Estimate a generator's BN statistics afresh and put it in eval mode.
 
     The running statistics are those of the last two batches or so (momentum 0.5), and those of an
-    averaged generator were never computed. Here the mean and variance of many batches are averaged
+    averaged generator were never computed. Here the mean and variance of `batches` are averaged
     with equal weights, always on the same latent vectors, of `noise` "normal" or "uniform".
     """
     norms = [layer for layer in generator.sublayers() if isinstance(layer, nn.BatchNorm2D)]
@@ -341,12 +341,14 @@ def check_generator(arrays, info, path):
 # the other way, and that is also what a transposed convolution does. So three operations suffice,
 # named by what they make:
 #
-#     "small"    of large and kernels    a convolution; of a transposed one, its gradient by inputs
-#     "large"    of small and kernels    a transposed convolution; of the other, that gradient
-#     "kernels"  of large and small      the gradient by the kernels, of both
+#     made       from                convolution          transposed convolution
+#     "small"    large, kernels      forward              backward, for its inputs
+#     "large"    small, kernels      backward, for its    forward
+#                                    inputs
+#     "kernels"  large, small        backward             backward
 #
-# large is [N, C, S, S], small [N, C', S', S'], kernels are [C', C, 4, 4]. In the place of an output
-# stands the gradient by it.
+# large is [N, C, S, S], small [N, C', S', S'], kernels are [C', C, 4, 4]. Backward, the gradient by
+# a layer's output takes the place of that output.
 ONEDNN = True  # with False Paddle's own are used; a gradient penalty needs them
 
 
@@ -391,12 +393,12 @@ class Convolution(paddle.autograd.PyLayer):
             raise NotImplementedError("for second gradients set network.ONEDNN = False")
         inputs, kernels = ctx.saved_tensor()
         if ctx.is_transposed:
-            large, small, of_what = gradient, inputs, "small"
+            large, small, inputs_are = gradient, inputs, "small"
         else:
-            large, small, of_what = inputs, gradient, "large"
+            large, small, inputs_are = inputs, gradient, "large"
         by_inputs = by_kernels = None
         if not ctx.inputs_are_constant:
-            by_inputs = run_onednn(of_what, large, kernels, small, ctx.stride, ctx.padding)
+            by_inputs = run_onednn(inputs_are, large, kernels, small, ctx.stride, ctx.padding)
         if not ctx.kernels_are_constant:
             by_kernels = run_onednn("kernels", large, kernels, small, ctx.stride, ctx.padding)
         return by_inputs, by_kernels
@@ -405,33 +407,33 @@ class Convolution(paddle.autograd.PyLayer):
 def run_onednn(target, large, kernels, small, stride, padding):
     """Make the `target`, "small", "large" or "kernels", from the other two, by oneDNN.
 
-    Of large and kernels as the target only the shape is looked at; small may then be None.
+    `large` and `kernels` are given even as the target, for their shapes. `small` may be None then.
     """
-    # Paddle keeps what oneDNN compiles under the names of images and kernels and the shape of the
-    # images. What was compiled also depends on the kernels' shape, stride and padding: so these are
-    # in the kernels' name.
+    # Paddle keeps what oneDNN compiles, under the names of both inputs and the shape of the large
+    # one. Layers that differ in the kernels' shape, stride or padding would get each other's: so
+    # these are in the kernels' name.
     kernels_name = f"kernels {kernels.shape} {stride} {padding}"
-    scope, variables, operators = onednn_operators(target, kernels_name, stride, padding)
+    scope, tensors, operators = onednn_operators(target, kernels_name, stride, padding)
     given = {"large": large, kernels_name: kernels}
     if small is not None:
         given["small"] = small
     for name, tensor in given.items():
         contiguous = tensor.contiguous()  # named, so that a copy lives until it is shared
-        variables[name]._share_data_with(contiguous.get_tensor())
+        tensors[name]._share_data_with(contiguous.get_tensor())
     for operator in operators:
         operator.run(scope, core.CPUPlace())
     result = paddle.zeros([1])  # an empty shell; paddle.Tensor(variable) leaks on 3.3
-    result.get_tensor()._share_data_with(variables["plain"])
-    for variable in variables.values():  # or they would hold memory until the next call
-        variable._clear()
+    result.get_tensor()._share_data_with(tensors["plain"])
+    for kept in tensors.values():  # or they would hold memory until the next call
+        kept._clear()
     scope.drop_kids()  # frees the copies that Paddle made from one layout to the other
     return result
 
 
 @functools.cache  # making them takes as long as a small convolution
 def onednn_operators(target, kernels_name, stride, padding):
-    """Paddle's operators for a target and layer: (scope, its variables by name, operators)."""
-    program = core.ProgramDesc()  # which owns the block
+    """Paddle's operators for a target and layer: (scope, its tensors by name, operators)."""
+    program = core.ProgramDesc()  # owns the block; the operators no longer need it
     block = program.block(0)
     convolve = block.append_op()
     convolve.set_type("conv2d" if target == "small" else "conv2d_grad")
@@ -459,8 +461,8 @@ def onednn_operators(target, kernels_name, stride, padding):
         operators.append(core.Operator.create(description.serialize_to_string()))
     scope = core.Scope()
     names = "large", kernels_name, "small", "blocked", "plain"
-    variables = {name: scope.var(name).get_tensor() for name in names}
-    return scope, variables, operators
+    tensors = {name: scope.var(name).get_tensor() for name in names}
+    return scope, tensors, operators
 
 
 @functools.cache

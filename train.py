@@ -105,7 +105,7 @@ class State:
     generator_optimizer: paddle.optimizer.Optimizer
     discriminator_optimizer: paddle.optimizer.Optimizer
     scaler: paddle.amp.GradScaler  # does nothing unless training in float16
-    amp: str                # "bfloat16" or "float16" for mixed precision, or "float32"
+    precision: str          # "bfloat16" or "float16" for mixed precision, or "float32"
     settings: dict = dataclasses.field(default_factory=dict)  # that must not change unnoticed
     batches: int = 1        # per epoch
     step: int = 0           # iterations done
@@ -113,7 +113,7 @@ class State:
     # has gone on with another number of batches.
     origin_step: int = 0
     origin_epoch: int = 0
-    hopeless: int = 0       # iterations in a row, up to this one, with D sure of all faces
+    hopeless: int = 0       # iterations in a row, up to this one, with D(G(z)) below 0.01
     grids: list = dataclasses.field(default_factory=list)     # names of those drawn: "0003_0336"
     changes: list = dataclasses.field(default_factory=list)   # of settings, in words
 
@@ -123,10 +123,10 @@ class State:
         return self.origin_epoch + epoch, batch
 
 
-def build(options, amp):
+def build(options, precision):
     """Make networks and optimizers, from the seed, in a State whose other fields are not set yet.
 
-    `amp` is as in a State.
+    `precision` is as in a State.
     """
     # Another optimizer can stand here if it treats all weights alike, one by one (not LARS or LAMB,
     # which ask for the layer), and its rate is a number: the checkpoint has all tensors that it
@@ -145,8 +145,9 @@ def build(options, amp):
     # To freeze a layer of D set its weights' stop_gradient here; of G, in the average too.
     for net in (generator, discriminator, average):
         network.join_weights(net)
+    scaler = paddle.amp.GradScaler(precision == "float16")
     return State(generator, discriminator, average, optimizer_of(generator),
-                 optimizer_of(discriminator), paddle.amp.GradScaler(amp == "float16"), amp)
+                 optimizer_of(discriminator), scaler, precision)
 
 
 def descend(loss, net, optimizer, scaler):
@@ -222,7 +223,7 @@ def iterate(state, images, z, draws, d_steps, g_steps):
         return seen if draws_left is None else network.augment(seen, next(draws_left))
 
     real = images.astype("float32") / 127.5 - 1
-    with mixed_precision(state.amp):
+    with mixed_precision(state.precision):
         for turn in range(d_steps):
             fake = G(z[turn])
             d_loss, d_real, d_fake = d_step(
@@ -234,12 +235,12 @@ def iterate(state, images, z, draws, d_steps, g_steps):
     return paddle.stack([d_loss, g_loss, d_real, d_fake])
 
 
-def mixed_precision(amp):
-    """The context to train in; `amp` is "bfloat16", "float16", or "float32" for none."""
-    if amp == "float32":
+def mixed_precision(precision):
+    """The context to train in; `precision` is as in a State."""
+    if precision == "float32":
         return contextlib.nullcontext()
     # Paddle's own list lacks conv2d_transpose. BN keeps its statistics in float32.
-    return paddle.amp.auto_cast(custom_white_list={"conv2d_transpose"}, dtype=amp)
+    return paddle.amp.auto_cast(custom_white_list={"conv2d_transpose"}, dtype=precision)
 
 
 def random_numbers(options, step, rank):
@@ -307,16 +308,16 @@ def set_up(options):
         options.data_path, options.image_size, options.batch_size, options.seed, dist.get_rank(),
         dist.get_world_size(), options.flip)
     if dist.get_world_size() > 1:
-        dist.init_parallel_env()  # the launcher's --backend gloo makes it choose the CPU
-    amp = weightInit.amp_type(options.amp)
-    check_same((vars(options), code_digest(), reader.digest, amp),
+        dist.init_parallel_env()  # this goes to the CPU if the launcher has --backend gloo
+    precision = weightInit.amp_type(options.amp)
+    check_same((vars(options), code_digest(), reader.digest, precision),
                "the settings, the code, the images or the cards' types")
     if paddle.get_device() != "cpu":  # cuDNN's fastest algorithms, or those that repeat to the bit
         name = "FLAGS_cudnn_deterministic"
         repeatable = options.deterministic or paddle.get_flags(name)[name]
         # Paddle takes it for an error if both are set
         paddle.set_flags({name: repeatable, "FLAGS_cudnn_exhaustive_search": not repeatable})
-    return reader, amp
+    return reader, precision
 
 
 # --- the files of a run --------------------------------------------------------------------------
@@ -439,9 +440,9 @@ def read_checkpoint(path, settings, change):
     different = [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
     difference = ", ".join(
         f"{name} {old.get(name)} (now {settings.get(name)})" for name in different)
-    may_change = CHANGE_IF_TOLD.issuperset(different)
-    if different and not (change and may_change):
-        hint = "pass --change to go on with them, " if may_change else ""
+    is_allowed = CHANGE_IF_TOLD.issuperset(different)
+    if different and not (change and is_allowed):
+        hint = "pass --change to go on with them, " if is_allowed else ""
         raise Problem(f"the run in {path.parent} has {difference}: set it back, {hint}{START_OVER}")
     if different:
         info["changes"].append(f"iteration {step}: {difference}")
@@ -505,8 +506,8 @@ D_WON_AFTER = 300  # hopeless iterations in a row: then there is a warning, as a
 def continue_table(path, step):
     """Cut losses.csv after iteration `step`: the iterations that follow will be done again.
 
-    Torn rows are left out too, and columns after the seventh. Another log of the iterations has to
-    be cut here too.
+    Torn rows are left out too, and columns after the seventh. (If you keep another log of the
+    iterations, cut it here too.)
     """
     with open(path if path.exists() else os.devnull, errors="replace") as old, \
             dataReader.replacing(path) as new:
@@ -524,9 +525,9 @@ def continue_table(path, step):
 def log(folder, pending, state):
     """Write what is pending to losses.csv, and warn if D has won.
 
-    `pending` is a dict from (step, epoch, batch) to what `iterate` returned. Returns the last of
-    that. Raises a Problem if a value is not finite; the rows before it have been written then, and
-    drawn.
+    `pending` is a dict from (step, epoch, batch) to what `iterate` returned. Returns the last
+    iteration's as an array. Raises a Problem if a value is not finite; the rows before it have been
+    written then, and drawn.
     """
     values = paddle.stack(list(pending.values()))
     if dist.get_world_size() > 1:
@@ -636,7 +637,7 @@ def draw_progress(path, state):
     side = 6 * (state.settings["image_size"] + 2) + 2  # with the white lines of `dataReader.grid`
     frames = [dataReader.read_image(grid).crop((0, 0, side, side)) for grid in shown]
     if frames:
-        dataReader.save_gif(path, frames, 150, 2000)
+        dataReader.save_gif(path, frames, wait=150, rest=2000)
 
 
 def sample(folder, state, keep, batches):
@@ -649,7 +650,7 @@ def sample(folder, state, keep, batches):
     noise = state.settings["noise"]
     network.estimate_statistics(state.average, noise, batches)
     name = state.grids[-1]
-    faces = dataReader.grid(draw_shown(state), COLUMNS)
+    faces = dataReader.grid(draw_first_faces(state), COLUMNS)
     try_to_write(dataReader.save_png, folder / f"{name}.png", faces)
     try_to_write(network.save_generator, folder / f"{name}.safetensors",
                  state.average, None, noise, state.step)
@@ -661,7 +662,7 @@ def sample(folder, state, keep, batches):
             (folder / f"{earlier}.safetensors").unlink(missing_ok=True)
 
 
-def draw_shown(state):
+def draw_first_faces(state):
     """Draw the first faces of the run's seed by the averaged generator, uint8 `[100, 3, S, S]`."""
     settings = state.settings
     z = network.face_latents(settings["seed"], range(GRID), settings["z_dim"], settings["noise"])
@@ -670,8 +671,8 @@ def draw_shown(state):
 
 def draw_comparison(path, reader, state):
     """Draw real_vs_fake.png: training images beside generated ones (§5)."""
-    dataReader.save_grids(
-        path, Real_faces=reader.sample(GRID), Generated_faces=draw_shown(state))
+    dataReader.save_grids(path, {
+        "Real faces": reader.sample(GRID), "Generated faces": draw_first_faces(state)})
 
 
 def write_results(folder, state):
@@ -718,7 +719,7 @@ def announce(folder, state, reader, total):
         say(f"{folder}: {state.step} iterations are done, and no more are asked for: pass more"
             " --epochs to go on")
         return
-    say(f"{weightInit.device_name()}, {state.amp}: {len(reader.images)} images,"
+    say(f"{weightInit.device_name()}, {state.precision}: {len(reader.images)} images,"
         f" {state.generator.vector.size:,} weights in G, {state.discriminator.vector.size:,} in D,"
         f" {total:,} iterations in all")
     if len(reader.images) < 1000 and not state.settings["augment"]:
@@ -734,13 +735,13 @@ def train(options):
     A signal that asks for an end becomes SystemExit, once the iteration is done and saved.
     """
     dataReader.check_outside(options.output_path, options.data_path)
-    reader, amp = set_up(options)
+    reader, precision = set_up(options)
     with output_folder(options) as folder, noted_signals() as signals:
-        state = build(options, amp)
+        state = build(options, precision)
         state.batches = len(reader)
         state.settings = {
             **{name: value for name, value in vars(options).items() if name not in MAY_CHANGE},
-            "amp": amp, "processes": reader.world_size,
+            "amp": precision, "processes": reader.world_size,
             "images": f"{len(reader.images)} of digest {reader.digest[:8]}"}
         load(folder / "checkpoint.safetensors", state, options.change)
         epochs_left = max(0, options.epochs - state.origin_epoch)
@@ -785,7 +786,7 @@ def train_until(total, folder, state, reader, options, signals):
             is_last = state.step == total
             is_stopped = bool(signals)
             sample_now = is_last or state.step % options.sample_every == 0
-            # what else is to be done every so often goes below, after the log; its condition, here
+            # what else is due every so often: its condition here and in `log_now`, then the deed below
             log_now = sample_now or is_stopped or state.step % options.log_every == 0
             if not log_now:
                 continue
