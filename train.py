@@ -786,7 +786,7 @@ def train_until(total, folder, state, reader, options, signals):
             is_last = state.step == total
             is_stopped = bool(signals)
             sample_now = is_last or state.step % options.sample_every == 0
-            # what else is due every so often: its condition here and in `log_now`, then the deed below
+            # what else is due every so often: condition here and in `log_now`, and done below that
             log_now = sample_now or is_stopped or state.step % options.log_every == 0
             if not log_now:
                 continue
