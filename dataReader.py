@@ -54,8 +54,8 @@ output_path = "Output"  # where training_images.png is written
 # --- what every script shares --------------------------------------------------------------------
 SIZES = (32, 64, 128)  # the image sizes that the networks can be built for
 # of an image: red, green, blue. For another number also look at `to_rgb`, which makes these of a
-# photo, `warn_if_black`, `save_gif`, `save_grids`, pretreat.py's detectors and network.py's
-# `vary_color`; and crop into an empty folder.
+# photo, `warn_if_black`, `save_png`, `save_grids`, pretreat.py's detectors, generator.py's
+# `enlarge` and network.py's `vary_color`; and crop into an empty folder.
 CHANNELS = 3
 NO_MEMORY = re.compile(  # texts of Paddle, C++, oneDNN, CUDA, Python, the kernel and its loader
     "ResourceExhausted|bad_alloc|create a memory object|[Oo]ut of memory|start new thread|"
@@ -283,7 +283,8 @@ def say(line):
 def cores(groups=Path("/sys/fs/cgroup")):
     """Cores that this process may use: by its affinity, and by a container's quota for its time.
 
-    In a container, `groups` has the files of its own cgroup, of version 2 or 1.
+    In a container, `groups` has the files of its own cgroup, version 2 or 1, as a rule. Quotas of a
+    group outside any container, as Slurm or systemd may set, are not seen.
     """
     number = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # there is no quota, or it is "max"
@@ -348,24 +349,27 @@ def replacing(path, sync=True):
 def in_threads(function, items, title, threads, reasons):
     """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar.
 
-    Left out are results of None, and items that raise an error, as PIL may any: see `leave_out`.
+    An item that raises an error, as PIL may any, is left out: see `leave_out`.
     """
     def attempt(item):
         threading.current_thread().item = item
         try:
-            return function(item)
+            return function(item), None
         except Exception as error:
-            leave_out(item, error, reasons)
-            return None
+            return None, error
+
     bar = tqdm(total=len(items), desc=title, unit="img")
     with warnings_of_items(), ThreadPoolExecutor(threads) as pool, bar:
         try:
             # a thousand at a time, so that few results wait for their turn
             for start in range(0, len(items), 1000):
-                for result in pool.map(attempt, items[start:start + 1000]):
-                    bar.update()
-                    if result is not None:
+                some = items[start:start + 1000]
+                for item, (result, error) in zip(some, pool.map(attempt, some), strict=True):
+                    if error is None:
                         yield result
+                    else:
+                        leave_out(item, error, reasons)
+                    bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
 
@@ -380,6 +384,8 @@ def warnings_of_items():
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)  # not of equal ones the first file's only
+        # of metadata that nobody needs here, but that Pillow reads as it turns a photo
+        warnings.filterwarnings("ignore", "Corrupt EXIF data|Metadata Warning")
         yield
 
 
@@ -723,7 +729,8 @@ def pack(folder, files, size, state):
     def decode(path):
         image = ImageOps.fit(read_image(path), (size, size), Image.Resampling.BILINEAR)
         warn_if_black(image)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        pixels = np.asarray(image).reshape(size, size, CHANNELS)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def write_header(count):  # NumPy leaves room in it for any number
         np.lib.format.write_array_header_1_0(file, {

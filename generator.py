@@ -67,7 +67,7 @@ DEMO = {"checkpoint": "demo/Output/generator.safetensors", "output_path": "demo/
 # --- pictures ------------------------------------------------------------------------------------
 BATCH = 100             # faces drawn at a time
 GRID_MOST = 32 * 32     # faces in faces.png; more could not be made out
-COLUMNS = None          # of them in a row; None makes a square
+COLUMNS = None          # of them in a row; None: about a square
 FRAMES = 32             # from face to face of an interpolation
 
 

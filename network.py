@@ -186,7 +186,7 @@ def random_array(key, shape, noise):
     """Draw random numbers, a float32 array, the same for the same key on every machine.
 
     `noise` is "normal" for N(0, 1) (§1.1) or "uniform" for U[0, 1) (§3.6). The key is a list of
-    integers ≥ 0; there is no other state. These are in use:
+    integers ≥ 0; there is no other state. It is called with these:
 
         [seed, k]                           latent vector of face k
         [seed, step, process, turn + 1]     latent vectors of an iteration; step is 1 or more
@@ -240,7 +240,7 @@ def estimate_statistics(generator, noise, batches=5):
     """Estimate a generator's BN statistics afresh and put it in eval mode.
 
     The running statistics are those of the last two batches or so (momentum 0.5), and those of an
-    averaged generator were never computed. Here the mean and variance of `batches` are averaged
+    averaged generator were never computed. Here those of several batches are averaged
     with equal weights, always on the same latent vectors, of `noise` "normal" or "uniform".
     """
     norms = [layer for layer in generator.sublayers() if isinstance(layer, nn.BatchNorm2D)]
@@ -294,15 +294,18 @@ def save_generator(path, generator, raw, noise, step, half=False):
 def load_generator(path, raw=False):
     """Rebuild a generator, in eval mode, from its file alone; with `raw`, the one in training.
 
-    Whatever numbers the file has, such as float16, it computes in float32. Returns it and a dict of
+    Of a file with float16, too, it computes in float32. Returns it and a dict of
     z_dim, image_size, width, noise, step; raises a Problem if the file is missing, foreign or
     damaged, or has no raw weights though asked for.
     """
     arrays, info = weightInit.read_tensors(path, "generator")
-    wanted = {name.removeprefix("raw."): value.astype("float32")
-              for name, value in arrays.items() if name.startswith("raw.") == raw}
+    wanted = {name.removeprefix("raw."): value for name, value in arrays.items()
+              if name.startswith("raw.") == raw}
     if raw and not wanted:
         raise Problem(f"{path} has the averaged weights alone: draw without --raw")
+    for name, value in wanted.items():
+        if value.dtype == np.float16:
+            wanted[name] = value.astype("float32")
     check_generator(wanted, info, path)
     generator = Generator(info["z_dim"], info["image_size"], info["width"])
     generator.set_state_dict({name: paddle.to_tensor(value) for name, value in wanted.items()})
@@ -384,8 +387,8 @@ class Convolution(paddle.autograd.PyLayer):
             return run_onednn("small", inputs, kernels, None, stride, padding)
         size = (inputs.shape[2] - 1) * stride - 2 * padding + 4
         # zeros though only the shape counts: Paddle's check for NaN may find some in `empty`
-        shape_of_large = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
-        return run_onednn("large", shape_of_large, kernels, inputs, stride, padding)
+        large = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
+        return run_onednn("large", large, kernels, inputs, stride, padding)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -407,7 +410,7 @@ class Convolution(paddle.autograd.PyLayer):
 def run_onednn(target, large, kernels, small, stride, padding):
     """Make the `target`, "small", "large" or "kernels", from the other two, by oneDNN.
 
-    `large` and `kernels` are given even as the target, for their shapes. `small` may be None then.
+    `large` and `kernels` are given even as the target, for their shapes; `small` may be None then.
     """
     # Paddle keeps what oneDNN compiles, under the names of both inputs and the shape of the large
     # one. Layers that differ in the kernels' shape, stride or padding would get each other's: so

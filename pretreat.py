@@ -106,7 +106,7 @@ def choose_detector():
     """The better detector that is installed: a function, what it searches, and a line about it.
 
     A photo is searched at so many pixels of the long side. In more the cascade sees false faces.
-    It is called by several threads at once. Crops that are there stay as another detector cut them.
+    Several threads at once call the function. What another detector has cut is not cut anew.
     """
     try:
         find_by_landmarks(np.zeros((64, 64, 3), np.uint8))
@@ -228,6 +228,8 @@ def photos_of_folder(folder):
 def photos_of_zip(source):
     try:
         archive = zipfile.ZipFile(source)
+    except OSError:
+        raise
     except Exception as error:  # zipfile's are of many kinds
         raise unreadable_zip(source, error) from error
     files = {file.filename: file for file in archive.infolist()  # the last of one name

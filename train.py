@@ -204,8 +204,8 @@ def iterate(state, images, z, draws, d_steps, g_steps):
     The first generator step is on the images that the last discriminator step saw, which saves
     making them again; D has changed since, so its verdict on them is new.
 
-    Nothing here reads a number, since the host would wait for the GPU. If a step is to depend on
-    one, it must be the same in all processes: see `descend`.
+    Nothing here reads a number, since the host would wait for the GPU. If a step is to depend on a
+    number, that must be the same in all processes: see `descend`.
 
     Args:
         state: a State, whose networks and optimizers are changed.
@@ -244,10 +244,10 @@ def mixed_precision(precision):
 
 
 def random_numbers(options, step, rank):
-    """Of iteration `step`, from 1: (latent vectors, draws for augmentation or None).
+    """The random numbers of iteration `step`, from 1: (latent vectors, draws or None).
 
-    float32 arrays as `iterate` takes them, for process `rank`. `network.random_array` has a table
-    of the keys that they are made from.
+    float32 arrays as `iterate` takes them, for process `rank`. The keys that they are made from are
+    in the table of `network.random_array`.
     """
     key = [options.seed, step, rank]
     z = [network.random_array([*key, turn + 1], [options.batch_size, options.z_dim], options.noise)
@@ -336,7 +336,7 @@ WRITTEN = re.compile(r"losses\.(csv|png)|progress\.gif|(real_vs_fake|training_im
                      r"|\d{4,}_\d{4,}\.(png|safetensors)|(generator|checkpoint)\.safetensors")
 
 
-@functools.cache  # asked for at the start, so that it tells of the code that runs
+@functools.cache  # first called at the start, so that it tells of the code that runs
 def code_digest():
     """SHA-1 of what network.py and this file do: comments, docstrings, settings do not count."""
     digest = hashlib.sha1(usedforsecurity=False)
@@ -435,7 +435,10 @@ def read_checkpoint(path, settings, change):
                 for name in ("code", "scaler", "settings", "batches", *PROGRESS)}
         old = dict(info["settings"])
         step = int(info["step"])
-    except (Problem, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise Problem(f"cannot go on from {path}: it lacks {error}, so another version of train.py"
+                      f" has saved it; {START_OVER}") from error
+    except (Problem, TypeError, ValueError) as error:
         raise Problem(f"cannot go on from {path}: {error}; {START_OVER}") from error
     different = [name for name in sorted({*old, *settings}) if old.get(name) != settings.get(name)]
     difference = ", ".join(
@@ -492,7 +495,7 @@ def make_optimizer_state(net, optimizer):
     """One step with a gradient of zeros: the optimizer makes what it keeps, in the right places.
 
     On a GPU Adam keeps the powers of beta on the CPU. `set_state_dict` would put them on the card,
-    for which Adam has another kernel, with other rounding.
+    for which Adam has another kernel; that it rounds alike is promised nowhere.
     """
     net.vector.grad = paddle.zeros_like(net.vector)
     optimizer.step()
@@ -577,7 +580,7 @@ def try_to_write(write, path, *args):
 
 
 GRID = 100    # faces of a grid
-COLUMNS = 10  # of them, in a row; keep it during a run: progress.gif has the first 6 of 6 rows
+COLUMNS = 10  # of them, in a row; 6 to 16, and one number for a run: progress.gif cuts out 6×6
 
 
 def draw_training_images(path, reader, is_augmented):
@@ -602,7 +605,7 @@ def draw_curves(path):
     if not rows:
         return
     STEP, D_LOSS, G_LOSS, D_REAL, D_FAKE = 0, 3, 4, 5, 6  # columns
-    table = np.loadtxt(rows, delimiter=",", ndmin=2)
+    table = np.loadtxt(rows, delimiter=",", usecols=range(7), ndmin=2)
     starts = np.arange(0, len(table), 1 + len(table) // 1000)
     lengths = np.diff([*starts, len(table)])[:, None]
     means = np.add.reduceat(table, starts) / lengths
@@ -696,9 +699,7 @@ def noted_signals():
 
     def note(number, _):  # runs when Paddle's current call returns, perhaps seconds later
         noted.append(number)
-        # Paddle's launcher, if it has one process, passes a Ctrl-C on several times
-        if "PADDLE_TRAINER_ID" not in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this iteration; Ctrl-C once more to stop at once\n")
 
@@ -734,6 +735,7 @@ def train(options):
 
     A signal that asks for an end becomes SystemExit, once the iteration is done and saved.
     """
+    code_digest()  # now, since somebody may edit the file while images are packed
     dataReader.check_outside(options.output_path, options.data_path)
     reader, precision = set_up(options)
     with output_folder(options) as folder, noted_signals() as signals:
@@ -786,7 +788,7 @@ def train_until(total, folder, state, reader, options, signals):
             is_last = state.step == total
             is_stopped = bool(signals)
             sample_now = is_last or state.step % options.sample_every == 0
-            # what else is due every so often: condition here and in `log_now`, and done below that
+            # what else is due every so often: condition here and in `log_now`, the rest after that
             log_now = sample_now or is_stopped or state.step % options.log_every == 0
             if not log_now:
                 continue

@@ -157,7 +157,7 @@ def test_one_process_on_the_launcher_is_plain_training(place):
     process = launch(place, 1, ROOT / "train.py", *FLAGS, *flags, "--epochs", 10_000)
     before = len(table(place))
     wait_for(lambda: len(table(place)) > before + 2, 240)
-    process.send_signal(signal.SIGINT)  # the launcher sends it on, more than once
+    process.send_signal(signal.SIGINT)  # the launcher sends SIGTERM on, more than once
     process.communicate(timeout=60)
     wait_for(lambda: not ranks(place), 10)
     _, info = read_tensors(place / "Output" / "checkpoint.safetensors", "checkpoint")
