@@ -18,7 +18,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored, by all below
+# a shell's & has the one ignored, nohup the other, by all processes below
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when Paddle loads: all but test_gpu.py is on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny, and tests run two by two
