@@ -724,7 +724,8 @@ def packed(folder, size):
 def pack(folder, files, size, state):
     """Decode files, in their order, into the folder's `.faces-SIZE-STATE-DIGEST.npy`.
 
-    Those that are no images are named; raises a Problem if none is.
+    Those that are no images are named and left out, so image k of it may not be file k. Raises a
+    Problem if none is.
     """
     def decode(path):
         image = ImageOps.fit(read_image(path), (size, size), Image.Resampling.BILINEAR)

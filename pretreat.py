@@ -256,9 +256,9 @@ def unreadable_zip(source, reason):
 
 
 # --- the folder of crops -------------------------------------------------------------------------
-# Crops of another format need another suffix, `save_png`, `origin_of` (PNG has checksums for it to
-# see damage by) and, if the format is lossy, `shows`. Start with an empty folder then, since crops
-# of the old format stay, and train.py reads all.
+# Crops of another format need another suffix, a function like `save_png`, `origin_of` (PNG has
+# checksums for it to see damage by) and, if the format is lossy, `shows`. Start with an empty folder
+# then, and after any change of names: old crops stay, and train.py reads all.
 SUFFIX = ".png"
 
 

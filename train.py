@@ -46,7 +46,8 @@ from tqdm import tqdm
 dist, F = paddle.distributed, paddle.nn.functional
 
 # --- settings (each is also a flag, e.g. --batch_size 64) ----------------------------------------
-# A new one becomes a flag by itself. If it changes no iteration, name it in MAY_CHANGE below.
+# A new one becomes a flag by itself; ALLOWED says what it may be. If it changes no iteration, name
+# it in MAY_CHANGE too.
 # data
 data_path = "imgs"       # folder of training images, searched recursively
 image_size = 64          # height and width of an image: 32, 64 or 128 (run pretreat.py with it too)
