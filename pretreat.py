@@ -257,8 +257,8 @@ def unreadable_zip(source, reason):
 
 # --- the folder of crops -------------------------------------------------------------------------
 # Crops of another format need another suffix, a function like `save_png`, `origin_of` (PNG has
-# checksums for it to see damage by) and, if the format is lossy, `shows`. Start with an empty folder
-# then, and after any change of names: old crops stay, and train.py reads all.
+# checksums for it to see damage by) and, if the format is lossy, `shows`. After this, and after any
+# change of names, start with an empty folder: old crops stay, and train.py reads all.
 SUFFIX = ".png"
 
 
