@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 # --- settings (each is also a flag, e.g. --image_size 128) ---------------------------------------
@@ -349,14 +349,15 @@ def replacing(path, sync=True):
 def in_threads(function, items, title, threads, reasons):
     """Yield `function(item)` for each item of a list, in order, from a thread pool, under a bar.
 
-    An item that raises an error, as PIL may any, is left out: see `leave_out`.
+    An item that raises an error, as PIL may any, is left out: see `leave_out`. Why is counted in
+    `reasons`, a Counter.
     """
     def attempt(item):
         threading.current_thread().item = item
         try:
             return function(item), None
-        except Exception as error:
-            return None, error
+        except Exception as error:  # which is not handed on, since it holds what was decoded
+            return None, leave_out(item, error)
 
     bar = tqdm(total=len(items), desc=title, unit="img")
     with warnings_of_items(), ThreadPoolExecutor(threads) as pool, bar:
@@ -364,11 +365,11 @@ def in_threads(function, items, title, threads, reasons):
             # a thousand at a time, so that few results wait for their turn
             for start in range(0, len(items), 1000):
                 some = items[start:start + 1000]
-                for item, (result, error) in zip(some, pool.map(attempt, some), strict=True):
-                    if error is None:
+                for result, reason in pool.map(attempt, some):
+                    if reason is None:
                         yield result
                     else:
-                        leave_out(item, error, reasons)
+                        reasons[reason] += 1
                     bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # so an error or Ctrl-C waits for few of them
@@ -384,13 +385,11 @@ def warnings_of_items():
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.simplefilter("always", UserWarning)  # not of equal ones the first file's only
-        # of metadata that nobody needs here, but that Pillow reads as it turns a photo
-        warnings.filterwarnings("ignore", "Corrupt EXIF data|Metadata Warning")
         yield
 
 
-def leave_out(item, error, reasons):
-    """Name an item that raised an error, and count the reason in `reasons`, a Counter.
+def leave_out(item, error):
+    """Name an item that raised an error; return the reason without what differs between items.
 
     A Problem is raised if that is no fault of the item.
     """
@@ -401,11 +400,11 @@ def leave_out(item, error, reasons):
                       " elsewhere") from error
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     say(f"skipped {item}: {reason}")
-    reasons[re.split(r" \(| '| for file|: ", reason)[0]] += 1  # without what differs
+    return re.split(r" \(| '| for file|: ", reason)[0]
 
 
 def none_could_be_used(reasons):
-    """What to say of files that were all left out, by the Counter that `leave_out` has filled."""
+    """What to say of files that were all left out, by the Counter of `in_threads`."""
     counted = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
     return f"no file could be used, of {sum(reasons.values())}: {counted}"
 
@@ -443,6 +442,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "HEIF", "AVIF", "
 LARGE = 2**25  # pixels of an image that is decoded while no other large one is, at most
 BYTES_PER_PIXEL = 16  # at most, while an image is decoded and converted
 one_large_image = threading.Lock()
+# by EXIF's orientation; ImageOps.exif_transpose fails where it cannot write other metadata again
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 Image.MAX_IMAGE_PIXELS = None  # `most_pixels` is the limit
 # Bytes of a PNG's texts, or of its colour profile: image generators keep much there.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
@@ -505,9 +509,11 @@ def read_image(source):
 
 def to_rgb(image):
     """A loaded image of any mode, with its metadata → an upright one of mode RGB, in sRGB."""
-    # in place: then it turns before it writes the metadata again, which may be senseless
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+    turn = None
+    with contextlib.suppress(Exception):  # metadata may be senseless
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
     profile = image.info.get("icc_profile")
     if image.mode[0] in "IF":
         image = to_8_bits(image)

@@ -240,8 +240,8 @@ def estimate_statistics(generator, noise, batches=5):
     """Estimate a generator's BN statistics afresh and put it in eval mode.
 
     The running statistics are those of the last two batches or so (momentum 0.5), and those of an
-    averaged generator were never computed. Here those of several batches are averaged
-    with equal weights, always on the same latent vectors, of `noise` "normal" or "uniform".
+    averaged generator were never computed. Here the means and variances of several batches are
+    averaged with equal weights, always on the same latent vectors (`noise`: "normal" or "uniform").
     """
     norms = [layer for layer in generator.sublayers() if isinstance(layer, nn.BatchNorm2D)]
     generator.train()
@@ -294,7 +294,7 @@ def save_generator(path, generator, raw, noise, step, half=False):
 def load_generator(path, raw=False):
     """Rebuild a generator, in eval mode, from its file alone; with `raw`, the one in training.
 
-    Of a file with float16, too, it computes in float32. Returns it and a dict of
+    Whether the file is in float32 or float16, it computes in float32. Returns it and a dict of
     z_dim, image_size, width, noise, step; raises a Problem if the file is missing, foreign or
     damaged, or has no raw weights though asked for.
     """
@@ -410,11 +410,12 @@ class Convolution(paddle.autograd.PyLayer):
 def run_onednn(target, large, kernels, small, stride, padding):
     """Make the `target`, "small", "large" or "kernels", from the other two, by oneDNN.
 
-    `large` and `kernels` are given even as the target, for their shapes; `small` may be None then.
+    `large` and `kernels` are given even as the target, for their shapes; `small` as the target may
+    be None.
     """
-    # Paddle keeps what oneDNN compiles, under the names of both inputs and the shape of the large
-    # one. Layers that differ in the kernels' shape, stride or padding would get each other's: so
-    # these are in the kernels' name.
+    # Paddle keeps what oneDNN compiles, under the names of the large image and the kernels, and the
+    # shape of the large image. Layers that differ in the kernels' shape, stride or padding would
+    # get each other's: so these are in the kernels' name.
     kernels_name = f"kernels {kernels.shape} {stride} {padding}"
     scope, tensors, operators = onednn_operators(target, kernels_name, stride, padding)
     given = {"large": large, kernels_name: kernels}

@@ -226,10 +226,9 @@ def photos_of_folder(folder):
 
 
 def photos_of_zip(source):
+    open(source, "rb").close()  # its OSError names the file
     try:
         archive = zipfile.ZipFile(source)
-    except OSError:
-        raise
     except Exception as error:  # zipfile's are of many kinds
         raise unreadable_zip(source, error) from error
     files = {file.filename: file for file in archive.infolist()  # the last of one name

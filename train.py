@@ -581,7 +581,7 @@ def try_to_write(write, path, *args):
 
 
 GRID = 100    # faces of a grid
-COLUMNS = 10  # of them, in a row; 6 to 16, and one number for a run: progress.gif cuts out 6×6
+COLUMNS = 10  # of them, in a row; 6 to 18, and one number for a run: progress.gif cuts out 6×6
 
 
 def draw_training_images(path, reader, is_augmented):

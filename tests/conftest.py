@@ -18,9 +18,11 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# a shell's & has the one ignored, nohup the other, by all processes below
+# a shell's & has SIGINT ignored, nohup SIGHUP, by all processes below: a handler of Python's is not
+# inherited by them
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or "PYTEST_XDIST_WORKER" in os.environ:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when Paddle loads: all but test_gpu.py is on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets are tiny, and tests run two by two

@@ -684,7 +684,8 @@ def test_checkpoint_of_another_network_is_refused(checkpoint, monkeypatch):
         older = {name: value for name, value in info.items() if name != "origin_step"}
         for other in {**info, "step": "three"}, {**info, "settings": None}, older:
             write_tensors(checkpoint.path, tensors, other)
-            with pytest.raises(Problem, match="cannot go on from"):
+            with pytest.raises(Problem, match="cannot go on from") as error:
                 train_here(checkpoint.folder, monkeypatch)
+        assert "lacks 'origin_step', so another version" in str(error.value)  # of the last, older
     finally:
         checkpoint.path.write_bytes(checkpoint.data)

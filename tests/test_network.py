@@ -445,7 +445,9 @@ def test_foreign_and_damaged_files_are_one_clear_line(tmp_path, monkeypatch):
                    {"image_size": 32.0}):
         write_tensors(tmp_path / "other", tensors, {**info, **change})
         assert "another network" in message((tmp_path / "other").read_bytes())
-    for change in {"layers.3.bias": np.zeros(3)}, {"layers.1.0.weight": np.zeros([2, 2])}:
+    as_double = tensors["layers.3.weight"].astype(np.float64)
+    for change in {"layers.3.bias": np.zeros(3, np.float32)}, {
+            "layers.1.0.weight": np.zeros([2, 2], np.float32)}, {"layers.3.weight": as_double}:
         write_tensors(tmp_path / "other", {**tensors, **change}, info)
         assert "another network" in message((tmp_path / "other").read_bytes())
     for name, value, words in (

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections import Counter
@@ -650,18 +651,36 @@ def test_colours_are_converted_to_srgb(tmp_path):
 def test_warnings_name_their_image(folder, capsys):
     def decode(path):
         if path.endswith(("5.png", "7.png")):
-            warnings.warn("palette images with transparency", stacklevel=1)
-            warnings.warn("Corrupt EXIF data. Expecting to read 2 bytes", stacklevel=1)
+            warnings.warn("Corrupt EXIF data", stacklevel=1)
         return path
 
     before = warnings.showwarning
     paths = [f"{folder}/{number}.png" for number in range(10)]
     assert list(in_threads(decode, paths, "reading", 2, Counter())) == paths
     printed = capsys.readouterr().err
-    assert f"{folder}/5.png: palette images with transparency" in printed
-    assert f"{folder}/7.png: palette images with transparency" in printed
-    assert "EXIF" not in printed  # none of it is used but the orientation
+    assert f"{folder}/5.png: Corrupt EXIF data" in printed
+    assert f"{folder}/7.png: Corrupt EXIF data" in printed
     assert warnings.showwarning is before
+
+
+def test_what_an_item_had_decoded_is_gone_when_it_has_failed():
+    class Decoded:
+        pass
+
+    decoded = []
+    gone = threading.Event()
+
+    def decode(path):
+        if path == "first.png":  # the others wait for it, as results come in order
+            assert gone.wait(20)
+            return path
+        image = Decoded()
+        decoded.append(weakref.ref(image, lambda _: gone.set()))
+        raise ValueError("no image")
+
+    assert list(in_threads(decode, ["first.png", "a.png", "b.png"], "reading", 2, Counter())) == [
+        "first.png"]
+    assert len(decoded) == 2
 
 
 def test_an_error_without_a_text_is_counted_by_its_kind(capsys):

@@ -14,6 +14,7 @@ from network import (
 )
 from train import (
     State,
+    code_digest,
     d_step,
     descend,
     draw_curves,
@@ -26,6 +27,7 @@ from train import (
     random_numbers,
     save,
     tensors_by_name,
+    train,
 )
 from weightInit import paddle, read_tensors
 
@@ -419,6 +421,10 @@ def test_losses_are_drawn_however_many(tmp_path):
         curves = [rng.normal(mean, 0.01, count) for mean in (0.5, 2.0, 0.8, 0.2)]
         rows = np.stack([step, step, step, *curves], 1)
         np.savetxt(tmp_path / "losses.csv", rows, "%g", ",", header="step,epoch", comments="")
+        if count == 30:  # and an eighth column since the run went on
+            lines = (tmp_path / "losses.csv").read_text().splitlines()
+            lines[20:] = [f"{line},0.5" for line in lines[20:]]
+            (tmp_path / "losses.csv").write_text("\n".join(lines) + "\n")
         start = time.perf_counter()
         draw_curves(tmp_path / "losses.png")
         assert time.perf_counter() - start < 5
@@ -433,6 +439,14 @@ def test_losses_are_drawn_however_many(tmp_path):
                 assert max(above["green"], above["red"], below["blue"], below["orange"]) < 0.001
             higher = colours(picture, (4, 0, 6, 2))  # G's loss, 2.0, of at most 2.7
             assert higher["blue"] > higher["orange"] == 0
+
+
+def test_the_codes_digest_is_taken_before_images_are_packed(tmp_path, monkeypatch):
+    code_digest.cache_clear()
+    monkeypatch.setattr("train.set_up", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(SimpleNamespace(data_path=tmp_path / "imgs", output_path=tmp_path / "Output"))
+    assert code_digest.cache_info().currsize == 1
 
 
 def test_pictures_show_what_they_should(trained):
