@@ -270,6 +270,11 @@ def draw_faces(generator, z):
         images = generator(paddle.to_tensor(z))
     finally:
         paddle.set_flags(checked)
+    return to_levels(images)
+
+
+def to_levels(images):
+    """A tensor of images in [-1, 1] → a uint8 array of the same shape, 0 to 255."""
     # + 127.5, and 0.5 more since astype cuts the fraction off
     return (images * 127.5 + 128).clip(0, 255).astype("uint8").numpy()
 

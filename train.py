@@ -591,8 +591,7 @@ def draw_training_images(path, reader, is_augmented):
     if is_augmented:
         draws = network.random_array([reader.seed, 0, 0, 0, 1], [len(images), 7], "uniform")
         scaled = paddle.to_tensor(images / np.float32(127.5) - 1)
-        varied = network.augment(scaled, paddle.to_tensor(draws)).numpy()
-        images = (varied * 127.5 + 128).clip(0, 255).astype(np.uint8)
+        images = network.to_levels(network.augment(scaled, paddle.to_tensor(draws)))
     dataReader.save_png(path, dataReader.grid(images, COLUMNS))
 
 

@@ -161,9 +161,9 @@ def test_onednns_results_are_apart_and_no_memory_is_held():
     for found, expected in zip(zip(images, logits, strict=True), kept, strict=True):
         np.testing.assert_array_equal(found[0].numpy(), expected[0])
         np.testing.assert_array_equal(found[1].numpy(), expected[1])
-    _, variables, _ = network.onednn_operators("small", "kernels [8, 3, 4, 4] 2 1", 2, 1)
-    assert len(variables) == 5
-    for tensor in variables.values():
+    _, tensors, _ = network.onednn_operators("small", "kernels [8, 3, 4, 4] 2 1", 2, 1)
+    assert len(tensors) == 5
+    for tensor in tensors.values():
         assert not tensor._is_initialized()
 
 
