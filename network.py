@@ -364,7 +364,7 @@ class Conv2D(nn.Conv2D):
     """Paddle's own, by oneDNN where that works."""
 
     def forward(self, images):
-        if ONEDNN and images.place.is_cpu_place() and onednn_works():
+        if runs_on_onednn(self, images):
             # Paddle keeps a list of two strides, but the padding as it was given
             return Convolution.apply(images, self.weight, False, self._stride[0], self._padding)
         return super().forward(images)
@@ -374,9 +374,25 @@ class Conv2DTranspose(nn.Conv2DTranspose):
     """Paddle's own, by oneDNN where that works."""
 
     def forward(self, inputs):
-        if ONEDNN and inputs.place.is_cpu_place() and onednn_works():
+        if runs_on_onednn(self, inputs):
             return Convolution.apply(inputs, self.weight, True, self._stride[0], self._padding)
         return super().forward(inputs)
+
+
+def runs_on_onednn(layer, inputs):
+    """Whether oneDNN convolves `inputs`: on a CPU, for a layer without bias, dilation and the like.
+
+    What is not done below is left to Paddle, so that no edit of a layer is ignored.
+    """
+    has_no_more = (
+        layer.bias is None and layer._groups == 1 and layer._dilation == [1, 1]
+        and layer.output_padding == 0 and layer._padding_mode == "zeros"
+        and layer._data_format == "NCHW")
+    is_square = (
+        layer._kernel_size[0] == layer._kernel_size[1] and layer._stride[0] == layer._stride[1]
+        and isinstance(layer._padding, int))
+    return (ONEDNN and has_no_more and is_square and inputs.place.is_cpu_place()
+            and onednn_works())
 
 
 class Convolution(paddle.autograd.PyLayer):
@@ -390,7 +406,7 @@ class Convolution(paddle.autograd.PyLayer):
         ctx.kernels_are_constant = kernels.stop_gradient
         if not is_transposed:
             return run_onednn("small", inputs, kernels, None, stride, padding)
-        size = (inputs.shape[2] - 1) * stride - 2 * padding + 4
+        size = (inputs.shape[2] - 1) * stride - 2 * padding + kernels.shape[2]
         # zeros though only the shape counts: Paddle's check for NaN may find some in `empty`
         large = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
         return run_onednn("large", large, kernels, inputs, stride, padding)

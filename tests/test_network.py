@@ -93,6 +93,32 @@ def test_onednn_computes_what_paddles_own_layers_do(size, batch, monkeypatch):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("edit", [
+    {"kernel_size": 5, "padding": 2}, {"kernel_size": 3}, {"stride": 1, "padding": 2},
+    {"bias_attr": None}, {"groups": 2}, {"dilation": 3}, {"padding": "VALID"}, {"padding": [1, 2]},
+    {"kernel_size": [4, 2]}, {"stride": [2, 1]}, {"data_format": "NHWC"}], ids=str)
+@pytest.mark.parametrize("kind", ["Conv2D", "Conv2DTranspose"])
+def test_an_edited_layer_is_what_paddle_makes_of_it(kind, edit):
+    """Image, and the gradients by inputs and weights: no setting of a layer is ignored."""
+    settings = {"kernel_size": 4, "stride": 2, "padding": 1, "bias_attr": False} | edit
+    layers = [getattr(source, kind)(4, 6, **settings) for source in (network, paddle.nn)]
+    weights = [paddle.randn(value.shape) for value in layers[0].parameters()]
+    images, results = paddle.randn([2, 4, 12, 12]), []
+    if edit == {"data_format": "NHWC"}:
+        images = images.transpose([0, 2, 3, 1])
+    for layer in layers:
+        for parameter, weight in zip(layer.parameters(), weights, strict=True):
+            parameter.set_value(weight)
+        inputs = images.detach()
+        inputs.stop_gradient = False
+        made = layer(inputs)
+        (made * made).sum().backward()
+        results.append([made, *(value.grad for value in (inputs, *layer.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        largest = float(theirs.abs().max())
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=0, atol=1e-5 * largest)
+
+
 def test_onednn_takes_images_that_do_not_lie_in_order():
     images = paddle.randn([3, 32, 32, 8]).transpose([0, 3, 1, 2])
     assert not images.is_contiguous()
