@@ -7,6 +7,8 @@ Of a folder's crops, sorted by name, the last fifth (at most 2,000) is held out:
 
     distance   Fréchet distance to the held-out crops, on their first 64 principal components
     spread     how much the faces differ from each other, over how much the held-out crops do
+    contrast   how much a face's pixels differ from each other, over how much a held-out crop's do;
+               below 1 faces are pale, and then distance and spread tell of little else
     found      in how many a detector finds a face, over how many of the held-out crops; three of
                them: OpenCV's two frontal Haar cascades and scikit-image's LBP cascade
     memory     median distance to the nearest training crop, over that to the nearest held-out one:
@@ -63,6 +65,11 @@ def mean_distance(images):
     distances = np.sqrt(squared_distances(images, images))
     np.fill_diagonal(distances, 0)
     return distances.sum() / (len(images) * (len(images) - 1))
+
+
+def contrast(images):
+    """Standard deviation of the levels of an image, averaged over a set."""
+    return flat(images).std(axis=1).mean()
 
 
 def distance_to_nearest(images, crops):
@@ -163,6 +170,7 @@ class Reference:
     as_if_drawn: np.ndarray  # other training crops
     distance: Any            # a function of images: `yardstick`
     spread: float
+    contrast: float
     found: dict              # shares by detector
 
 
@@ -173,7 +181,8 @@ def make_reference(train, held_out):
     return Reference(
         held_out=held_out, trained_on=train[order[:count]],
         as_if_drawn=train[order[count:2 * count]], distance=yardstick(held_out),
-        spread=mean_distance(held_out), found=shares_found(held_out))
+        spread=mean_distance(held_out), contrast=contrast(held_out),
+        found=shares_found(held_out))
 
 
 def measure(images, reference):
@@ -182,6 +191,7 @@ def measure(images, reference):
     to_trained_on = distance_to_nearest(images, reference.trained_on)
     return {"distance": float(reference.distance(images)),
             "spread": float(mean_distance(images) / reference.spread),
+            "contrast": float(contrast(images) / reference.contrast),
             "found": [found[name] / share for name, share in reference.found.items()],
             "memory": float(to_trained_on / distance_to_nearest(images, reference.held_out))}
 
@@ -208,15 +218,15 @@ def draw(path, which, count):
     return np.concatenate(parts), info["step"]
 
 
-HEADER = ("| drawn by | distance | spread | found | memory |\n"
-          "| --- | --- | --- | --- | --- |")
+HEADER = ("| drawn by | distance | spread | contrast | found | memory |\n"
+          "| --- | --- | --- | --- | --- | --- |")
 
 
 def cells(measures):
-    """A row's cells of distance, spread, the three shares found and memory."""
+    """A row's cells of distance, spread, contrast, the three shares found and memory."""
     found = ", ".join(f"{share:.2f}" for share in measures["found"])
-    return (f"{measures['distance']:.1f} | {measures['spread']:.2f} | {found} |"
-            f" {measures['memory']:.3f}")
+    return (f"{measures['distance']:.1f} | {measures['spread']:.2f} |"
+            f" {measures['contrast']:.2f} | {found} | {measures['memory']:.3f}")
 
 
 def measure_generators(paths, data):

@@ -4,7 +4,7 @@ Every row is trained on the same crops, measured on others (see measures.py), an
 at equal seconds of training alone on the machine, and at equal iterations. FOLDER keeps all, so
 that the same command goes on where it was stopped:
 
-    train held_out     links to four fifths and one fifth of the crops
+    train held_out     links to the crops to train on, and to those held out
     settings.json      what it was begun with: another folder is needed for other settings
     speed.json         seconds an iteration takes, of each recipe
     ours-0 page-0 ...  the trainings, by seed
@@ -299,7 +299,7 @@ def measure_row(folder, row, training, seed, count, reference):
 
 
 TABLE = ("| drawn by | minutes | iterations | distance | of the better peer's | spread |"
-         " faces found | memory | 20 faces |\n" + "| --- " * 9 + "|")
+         " contrast | faces found | memory | 20 faces |\n" + "| --- " * 10 + "|")
 
 
 def table(found, counts, speeds, seeds, floor):
@@ -317,15 +317,16 @@ def table(found, counts, speeds, seeds, floor):
         distances = [each["distance"] for each in by_row[row.name]]
         ratio = f"{mean(distances) / min(peers):.2f}" if peers else ""
         spread = mean(each["spread"] for each in by_row[row.name])
+        contrast = mean(each["contrast"] for each in by_row[row.name])
         memory = mean(each["memory"] for each in by_row[row.name])
         shares = np.mean([each["found"] for each in by_row[row.name]], axis=0)
         lines.append(
             f"| {row.title} | {count * speeds[row.training] / 60:.1f} | {count:,} |"
             f" {', '.join(f'{distance:.0f}' for distance in distances)} | {ratio} | {spread:.2f} |"
-            f" {', '.join(f'{share:.2f}' for share in shares)} | {memory:.2f} |"
+            f" {contrast:.2f} | {', '.join(f'{share:.2f}' for share in shares)} | {memory:.2f} |"
             f" ![20 faces](quality_{row.name}_{count}_{seeds[0]}.png) |")
     lines.append(f"| real crops, as if drawn: the best there is | | | {floor['distance']:.0f} | |"
-                 f" {floor['spread']:.2f} |"
+                 f" {floor['spread']:.2f} | {floor['contrast']:.2f} |"
                  f" {', '.join(f'{share:.2f}' for share in floor['found'])} |"
                  f" {floor['memory']:.2f} | |")
     return "\n".join(lines)

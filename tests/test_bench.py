@@ -46,6 +46,11 @@ def test_spread_is_the_mean_distance_of_pairs():
     assert measures.mean_distance(images) == pytest.approx(4 * 2 / 3)  # 4, 4 and 0
 
 
+def test_contrast_is_the_deviation_within_an_image():
+    images = np.array([[[[0, 255]]] * 3, [[[255, 255]]] * 3], np.uint8)  # deviations 1 and 0
+    assert measures.contrast(images) == pytest.approx(0.5)
+
+
 def test_memory_tells_what_was_drawn_by_heart(crops):
     train, held_out, others = crops[:200], crops[200:400], crops[400:]
 
