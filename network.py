@@ -29,7 +29,10 @@ class Discriminator(nn.Layer):
     def __init__(self, image_size=64, width=64):
         super().__init__()
         channels = channels_by_layer(image_size, width)     # [64, 128, 256, 512]
-        layers = [conv(CHANNELS, channels[0]), nn.LeakyReLU(0.2)]  # [N, 64, 32, 32]
+        # Without this bias D could not see contrast: half of it in a whole batch would become half
+        # of all features, which the next BN would double. Drawn faces turned pale, unopposed.
+        first = conv(CHANNELS, channels[0], has_bias=True)
+        layers = [first, nn.LeakyReLU(0.2)]                 # [N, 64, 32, 32]
         for before, after in itertools.pairwise(channels):  # [N, 128, 16, 16], [N, 256, 8, 8],
             layers.append(conv_bn(before, after))           # [N, 512, 4, 4]
         self.layers = nn.Sequential(*layers)
@@ -71,10 +74,13 @@ def channels_by_layer(image_size, width):
 
 
 # --- building blocks (§3.4); N images, C channels, S height and width ----------------------------
-def conv(channels_in, channels_out):
-    """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`."""
+def conv(channels_in, channels_out, has_bias=False):
+    """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`.
+
+    A bias would be of no use before a BN, which takes means away.
+    """
     return Conv2D(channels_in, channels_out, 4, stride=2, padding=1,
-                  weight_attr=weight_initializer(), bias_attr=False)
+                  weight_attr=weight_initializer(), bias_attr=None if has_bias else False)
 
 
 def deconv(channels_in, channels_out, stride=2, padding=1):
@@ -365,8 +371,7 @@ class Conv2D(nn.Conv2D):
 
     def forward(self, images):
         if runs_on_onednn(self, images):
-            # Paddle keeps a list of two strides, but the padding as it was given
-            return Convolution.apply(images, self.weight, False, self._stride[0], self._padding)
+            return convolve_on_onednn(self, images, False)
         return super().forward(images)
 
 
@@ -375,24 +380,31 @@ class Conv2DTranspose(nn.Conv2DTranspose):
 
     def forward(self, inputs):
         if runs_on_onednn(self, inputs):
-            return Convolution.apply(inputs, self.weight, True, self._stride[0], self._padding)
+            return convolve_on_onednn(self, inputs, True)
         return super().forward(inputs)
 
 
 def runs_on_onednn(layer, inputs):
-    """Whether oneDNN convolves `inputs`: on a CPU, for a layer without bias, dilation and the like.
+    """Whether oneDNN convolves `inputs`: on a CPU, by a layer without groups, dilation and such.
 
     What is not done below is left to Paddle, so that no edit of a layer is ignored.
     """
     has_no_more = (
-        layer.bias is None and layer._groups == 1 and layer._dilation == [1, 1]
-        and layer.output_padding == 0 and layer._padding_mode == "zeros"
-        and layer._data_format == "NCHW")
+        layer._groups == 1 and layer._dilation == [1, 1] and layer.output_padding == 0
+        and layer._padding_mode == "zeros" and layer._data_format == "NCHW")
     is_square = (
         layer._kernel_size[0] == layer._kernel_size[1] and layer._stride[0] == layer._stride[1]
         and isinstance(layer._padding, int))
     return (ONEDNN and has_no_more and is_square and inputs.place.is_cpu_place()
             and onednn_works())
+
+
+def convolve_on_onednn(layer, inputs, is_transposed):
+    """What Paddle's layer makes of `inputs`, by oneDNN."""
+    # Paddle keeps a list of two strides, but the padding as it was given
+    made = Convolution.apply(
+        inputs, layer.weight, is_transposed, layer._stride[0], layer._padding)
+    return made if layer.bias is None else made + layer.bias.reshape([1, -1, 1, 1])
 
 
 class Convolution(paddle.autograd.PyLayer):

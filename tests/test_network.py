@@ -55,6 +55,21 @@ def test_shapes_and_range(size):
     np.testing.assert_array_equal(G(z).numpy(), G(z.reshape([3, 7, 1, 1])).numpy())
 
 
+def test_discriminator_can_learn_to_see_contrast():
+    """Images that differ in nothing else; every batch of them has one contrast."""
+    paddle.seed(0)
+    D = Discriminator(32, 8)
+    optimizer = paddle.optimizer.Adam(0.01, beta1=0.5, parameters=D.parameters())
+    for _ in range(40):
+        images = paddle.randn([2, 16, 3, 32, 32]) * 0.4
+        (loss(D(images[0]), 1) + loss(D(images[1] * 0.5), 0)).backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    images = paddle.randn([16, 3, 32, 32]) * 0.4
+    assert float(margin(D(images)).mean()) > 1
+    assert float(margin(D(images * 0.5)).mean()) < -1
+
+
 @pytest.fixture(autouse=True)
 def trial_of_its_own():
     network.onednn_works.cache_clear()
