@@ -29,10 +29,11 @@ class Discriminator(nn.Layer):
     def __init__(self, image_size=64, width=64):
         super().__init__()
         channels = channels_by_layer(image_size, width)     # [64, 128, 256, 512]
-        # Without this bias D could not see contrast: half of it in a whole batch would become half
-        # of all features, which the next BN would double. Drawn faces turned pale, unopposed.
-        first = conv(CHANNELS, channels[0], has_bias=True)
-        layers = [first, nn.LeakyReLU(0.2)]                 # [N, 64, 32, 32]
+        # Without the bias D could not see contrast: in a batch of images that are half as far from
+        # gray all features would be half as large, and the next BN would double them. Then nothing
+        # kept drawn faces from turning pale.
+        layers = [conv(CHANNELS, channels[0]),              # [N, 64, 32, 32]
+                  Bias(channels[0]), nn.LeakyReLU(0.2)]
         for before, after in itertools.pairwise(channels):  # [N, 128, 16, 16], [N, 256, 8, 8],
             layers.append(conv_bn(before, after))           # [N, 512, 4, 4]
         self.layers = nn.Sequential(*layers)
@@ -74,13 +75,10 @@ def channels_by_layer(image_size, width):
 
 
 # --- building blocks (§3.4); N images, C channels, S height and width ----------------------------
-def conv(channels_in, channels_out, has_bias=False):
-    """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`.
-
-    A bias would be of no use before a BN, which takes means away.
-    """
+def conv(channels_in, channels_out):
+    """Convolution that halves the image (§1.2): `[N, C, S, S]` → `[N, C', S/2, S/2]`."""
     return Conv2D(channels_in, channels_out, 4, stride=2, padding=1,
-                  weight_attr=weight_initializer(), bias_attr=None if has_bias else False)
+                  weight_attr=weight_initializer(), bias_attr=False)
 
 
 def deconv(channels_in, channels_out, stride=2, padding=1):
@@ -90,6 +88,22 @@ def deconv(channels_in, channels_out, stride=2, padding=1):
     """
     return Conv2DTranspose(channels_in, channels_out, 4, stride=stride, padding=padding,
                            weight_attr=weight_initializer(), bias_attr=False)
+
+
+class Bias(nn.Layer):
+    """A number for each channel, added to images `[N, C, S, S]` in their own precision.
+
+    A convolution's own bias would take a CPU 10 times as long, and make float32 of bfloat16.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = self.create_parameter([channels], is_bias=True)  # begins at 0
+
+    def forward(self, images):
+        bias = self.bias.astype(images.dtype).reshape([-1, 1])
+        rows = images.reshape([*images.shape[:2], -1]) + bias  # [N, C, S·S]; [1, C, 1] is slow too
+        return rows.reshape(images.shape)
 
 
 MOMENTUM = 0.5  # of BN: running = 0.5·running + 0.5·batch (§3.5, §3.6)
@@ -351,9 +365,9 @@ def check_generator(arrays, info, path):
 # 0.72 of the time, but uses it in static programs only. So oneDNN's operators are run here, one by
 # one. The results are those of nn.Conv2D and nn.Conv2DTranspose, up to rounding.
 #
-# A convolution makes a small image of a large one, S → S/2. Its gradient by the large image goes
-# the other way, and that is also what a transposed convolution does. So three operations suffice,
-# named by what they make:
+# A convolution makes a small image of a large one, here S → S/2. Its gradient by the large image
+# goes the other way, and that is also what a transposed convolution does. So three operations
+# suffice, named by what they make:
 #
 #     made       from                convolution          transposed convolution
 #     "small"    large, kernels      forward              backward, for its inputs
@@ -361,7 +375,7 @@ def check_generator(arrays, info, path):
 #                                    inputs
 #     "kernels"  large, small        backward             backward
 #
-# large is [N, C, S, S], small [N, C', S', S'], kernels are [C', C, 4, 4]. Backward, the gradient by
+# large is [N, C, S, S], small [N, C', S', S'], kernels are [C', C, K, K]. Backward, the gradient by
 # a layer's output takes the place of that output.
 ONEDNN = True  # with False Paddle's own are used; a gradient penalty needs them
 
@@ -371,7 +385,8 @@ class Conv2D(nn.Conv2D):
 
     def forward(self, images):
         if runs_on_onednn(self, images):
-            return convolve_on_onednn(self, images, False)
+            # Paddle keeps a list of two strides, but the padding as it was given
+            return Convolution.apply(images, self.weight, False, self._stride[0], self._padding)
         return super().forward(images)
 
 
@@ -380,35 +395,26 @@ class Conv2DTranspose(nn.Conv2DTranspose):
 
     def forward(self, inputs):
         if runs_on_onednn(self, inputs):
-            return convolve_on_onednn(self, inputs, True)
+            return Convolution.apply(inputs, self.weight, True, self._stride[0], self._padding)
         return super().forward(inputs)
 
 
 def runs_on_onednn(layer, inputs):
-    """Whether oneDNN convolves `inputs`: on a CPU, by a layer without groups, dilation and such.
+    """Whether oneDNN convolves `inputs`: on a CPU, if the layer is like those above.
 
-    What is not done below is left to Paddle, so that no edit of a layer is ignored.
+    What is not done below is left to Paddle, so that no edit of a layer is ignored: a bias, groups,
+    dilation, sides that differ, another precision.
     """
+    if not (ONEDNN and inputs.place.is_cpu_place() and onednn_works()):
+        return False
     has_no_more = (
-        layer._groups == 1 and layer._dilation == [1, 1] and layer.output_padding == 0
-        and layer._padding_mode == "zeros" and layer._data_format == "NCHW")
+        layer.bias is None and layer._groups == 1 and layer._dilation == [1, 1]
+        and layer.output_padding == 0 and layer._padding_mode == "zeros"
+        and layer._data_format == "NCHW")
     is_square = (
         layer._kernel_size[0] == layer._kernel_size[1] and layer._stride[0] == layer._stride[1]
         and isinstance(layer._padding, int))
-    return (ONEDNN and has_no_more and is_square and inputs.place.is_cpu_place()
-            and onednn_works())
-
-
-def convolve_on_onednn(layer, inputs, is_transposed):
-    """What Paddle's layer makes of `inputs`, by oneDNN."""
-    # Paddle keeps a list of two strides, but the padding as it was given
-    made = Convolution.apply(
-        inputs, layer.weight, is_transposed, layer._stride[0], layer._padding)
-    if layer.bias is None:
-        return made
-    # on a CPU Paddle adds a [1, C, 1, 1] 15 times as slowly
-    rows = made.reshape([*made.shape[:2], -1]) + layer.bias.reshape([-1, 1])
-    return rows.reshape(made.shape)
+    return has_no_more and is_square and inputs.dtype == layer.weight.dtype == paddle.float32
 
 
 class Convolution(paddle.autograd.PyLayer):
@@ -422,9 +428,9 @@ class Convolution(paddle.autograd.PyLayer):
         ctx.kernels_are_constant = kernels.stop_gradient
         if not is_transposed:
             return run_onednn("small", inputs, kernels, None, stride, padding)
-        size = (inputs.shape[2] - 1) * stride - 2 * padding + kernels.shape[2]
+        sides = [(side - 1) * stride - 2 * padding + kernels.shape[2] for side in inputs.shape[2:]]
         # zeros though only the shape counts: Paddle's check for NaN may find some in `empty`
-        large = paddle.zeros([inputs.shape[0], kernels.shape[1], size, size])
+        large = paddle.zeros([inputs.shape[0], kernels.shape[1], *sides])
         return run_onednn("large", large, kernels, inputs, stride, padding)
 
     @staticmethod

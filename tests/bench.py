@@ -8,7 +8,7 @@ How good the faces are, on real crops of which a fifth, at most 2,000, is held o
 
     python tests/bench.py --measure Output/generator.safetensors --data imgs   # a minute
     python tests/bench.py --quality folder --data imgs --speed --torch ...     # two minutes, alone
-    python tests/bench.py --quality folder --data imgs --torch ...             # hours; goes on
+    python tests/bench.py --quality folder --data imgs --torch ...             # 1½ h; goes on
 
 measures.py says what is measured, quality.py what is trained and what is in the folder. Two of the
 detectors need a wheel that nothing else here does: python -m pip install "opencv-python-headless<5"
@@ -371,9 +371,9 @@ def parse_options():
     of_table.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     of_table.add_argument("--ours", default="--width 32 --batch_size 32 --learning_rate 0.0005",
                           metavar="FLAGS", help="flags of train.py (default: %(default)s)")
-    of_table.add_argument("--theirs", default="", metavar="FLAGS",
-                          help="flags of dcgan_docs.py and dcgan_torch.py, e.g. '--batch 32'"
-                               " (default: their own batches, 128 and 64)")
+    of_table.add_argument("--theirs", default="--batch 32", metavar="FLAGS",
+                          help="flags of dcgan_docs.py and dcgan_torch.py (default: %(default)s;"
+                               " '' for their own batches, 128 and 64)")
     of_table.add_argument("--speed", action="store_true",
                           help="only measure all speeds, in two minutes: run nothing else then")
     return parser.parse_args()

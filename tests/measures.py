@@ -7,8 +7,9 @@ Of a folder's crops, sorted by name, the last fifth (at most 2,000) is held out:
 
     distance   Fréchet distance to the held-out crops, on their first 64 principal components
     spread     how much the faces differ from each other, over how much the held-out crops do
-    contrast   how much a face's pixels differ from each other, over how much a held-out crop's do;
-               below 1 faces are pale, and then distance and spread tell of little else
+    contrast   how much a face's levels, of all pixels and colors, differ from each other, over how
+               much a held-out crop's do; well below 1 faces are pale, and then distance and spread
+               tell of little else
     found      in how many a detector finds a face, over how many of the held-out crops; three of
                them: OpenCV's two frontal Haar cascades and scikit-image's LBP cascade
     memory     median distance to the nearest training crop, over that to the nearest held-out one:

@@ -2,7 +2,7 @@
 
 Every row is trained on the same crops, measured on others (see measures.py), and compared twice:
 at equal seconds of training alone on the machine, and at equal iterations. FOLDER keeps all, so
-that the same command goes on where it was stopped:
+that the same command goes on where it was stopped (with changed code take another folder):
 
     train held_out     links to the crops to train on, and to those held out
     settings.json      what it was begun with: another folder is needed for other settings
@@ -287,7 +287,7 @@ def measure_row(folder, row, training, seed, count, reference):
     path = folder / "measures.json"
     kept = read_json(path)
     key = f"{row.name}, seed {seed}, {count} iterations"
-    if key not in kept:
+    if "contrast" not in kept.get(key, {}):  # an earlier version did not measure it
         faces = training.faces(seed, count, row.which)
         picture = folder / "pictures" / f"quality_{row.name}_{count}_{seed}.png"
         picture.parent.mkdir(exist_ok=True)

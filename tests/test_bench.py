@@ -156,6 +156,16 @@ def test_equal_seconds_and_equal_iterations():
                        "equal iterations": {"page": 50, "ours": 50}}
 
 
+def test_table_has_a_cell_for_each_column():
+    each = {"distance": 5.0, "spread": 1.0, "contrast": 0.5, "found": [1.0] * 3, "memory": 1.0}
+    found = {("averaged", 0, 4): each, ("page", 0, 4): each | {"distance": 10.0}}
+    counts, speeds = ({name: value for name in ("ours", "page")} for value in (4, 15.0))
+    lines = quality.table(found, counts, speeds, [0], each).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    cells = [cell.strip() for cell in lines[3].split("|")]
+    assert cells[2:8] == ["1.0", "4", "5", "0.50", "1.00", "0.50"]
+
+
 def test_bench_trains_what_train_py_trains():
     values = bench.trainer(2, 4)(1)
     assert values.shape == (4,)

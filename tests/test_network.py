@@ -70,6 +70,16 @@ def test_discriminator_can_learn_to_see_contrast():
     assert float(margin(D(images * 0.5)).mean()) < -1
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])  # a CPU cannot add in bfloat16
+def test_a_bias_is_added_to_each_channel_in_the_images_precision(precision):
+    layer, images = network.Bias(3), paddle.randn([2, 3, 4, 5]).astype(precision)
+    layer.bias.set_value(paddle.to_tensor([1.0, 2, 4]))
+    made = layer(images)
+    assert made.dtype == images.dtype
+    expected = images.numpy() + np.array([1, 2, 4], precision).reshape([3, 1, 1])
+    np.testing.assert_array_equal(made.numpy(), expected)
+
+
 @pytest.fixture(autouse=True)
 def trial_of_its_own():
     network.onednn_works.cache_clear()
@@ -108,17 +118,34 @@ def test_onednn_computes_what_paddles_own_layers_do(size, batch, monkeypatch):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("edit", [
-    {"kernel_size": 5, "padding": 2}, {"kernel_size": 3}, {"stride": 1, "padding": 2},
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_all_our_layers_run_on_onednn(size):
+    for net in Generator(7, size, 8), Discriminator(size, 8):
+        layers = [layer for layer in net.sublayers() if hasattr(layer, "_kernel_size")]
+        assert len(layers) >= 3
+        assert all(network.runs_on_onednn(layer, paddle.zeros([1])) for layer in layers)
+
+
+def test_a_layer_in_double_precision_is_paddle_s():
+    layer = network.conv(3, 4).astype("float64")
+    assert not network.runs_on_onednn(layer, paddle.zeros([1], "float64"))
+
+
+EDITS = [
+    {}, {"kernel_size": 5, "padding": 2}, {"kernel_size": 3}, {"stride": 1, "padding": 2},
     {"bias_attr": None}, {"groups": 2}, {"dilation": 3}, {"padding": "VALID"}, {"padding": [1, 2]},
-    {"kernel_size": [4, 2]}, {"stride": [2, 1]}, {"data_format": "NHWC"}], ids=str)
-@pytest.mark.parametrize("kind", ["Conv2D", "Conv2DTranspose"])
+    {"kernel_size": [4, 2]}, {"stride": [2, 1]}, {"data_format": "NHWC"}]
+
+
+@pytest.mark.parametrize(("kind", "edit"), [
+    *((kind, edit) for kind in ("Conv2D", "Conv2DTranspose") for edit in EDITS),
+    ("Conv2D", {"padding_mode": "reflect"}), ("Conv2DTranspose", {"output_padding": 1})], ids=str)
 def test_an_edited_layer_is_what_paddle_makes_of_it(kind, edit):
     """Image, and the gradients by inputs and weights: no setting of a layer is ignored."""
     settings = {"kernel_size": 4, "stride": 2, "padding": 1, "bias_attr": False} | edit
     layers = [getattr(source, kind)(4, 6, **settings) for source in (network, paddle.nn)]
     weights = [paddle.randn(value.shape) for value in layers[0].parameters()]
-    images, results = paddle.randn([2, 4, 12, 12]), []
+    images, results = paddle.randn([2, 4, 12, 10]), []
     if edit == {"data_format": "NHWC"}:
         images = images.transpose([0, 2, 3, 1])
     for layer in layers:
