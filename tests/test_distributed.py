@@ -255,7 +255,7 @@ def test_gradients_and_weights_are_the_same_on_all_processes(place):
     D.eval()
     loss(D(paddle.to_tensor(images)), 1).backward()
     expected = [value.grad.numpy().ravel() for value in D.parameters() if not value.stop_gradient]
-    assert len(expected) == 9
+    assert len(expected) == 10
     first, second = (np.load(place / f"rank{rank}.npy") for rank in (0, 1))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, np.concatenate(expected), rtol=0, atol=1e-6)
