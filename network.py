@@ -91,9 +91,9 @@ def deconv(channels_in, channels_out, stride=2, padding=1):
 
 
 class Bias(nn.Layer):
-    """A number for each channel, added to images `[N, C, S, S]` in their own precision.
+    """A learned number for each channel, added to images `[N, C, S, S]` in their own precision.
 
-    A convolution's own bias would take a CPU 10 times as long, and make float32 of bfloat16.
+    A convolution with a bias of its own would not run on oneDNN, and make float32 of bfloat16.
     """
 
     def __init__(self, channels):
@@ -102,7 +102,8 @@ class Bias(nn.Layer):
 
     def forward(self, images):
         bias = self.bias.astype(images.dtype).reshape([-1, 1])
-        rows = images.reshape([*images.shape[:2], -1]) + bias  # [N, C, S·S]; [1, C, 1] is slow too
+        # [N, C, S·S] + [C, 1]; to add [1, C, 1] or [1, C, 1, 1] a CPU takes 10 times as long
+        rows = images.reshape([*images.shape[:2], -1]) + bias
         return rows.reshape(images.shape)
 
 
@@ -402,8 +403,9 @@ class Conv2DTranspose(nn.Conv2DTranspose):
 def runs_on_onednn(layer, inputs):
     """Whether oneDNN convolves `inputs`: on a CPU, if the layer is like those above.
 
-    What is not done below is left to Paddle, so that no edit of a layer is ignored: a bias, groups,
-    dilation, sides that differ, another precision.
+    All else is left to Paddle, so that no edit of a layer is ignored: a bias, groups, dilation,
+    kernels, strides or paddings that differ by axis, output padding, another padding mode, layout
+    or precision.
     """
     if not (ONEDNN and inputs.place.is_cpu_place() and onednn_works()):
         return False

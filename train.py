@@ -724,8 +724,8 @@ def announce(folder, state, reader, total):
         f" {state.generator.vector.size:,} weights in G, {state.discriminator.vector.size:,} in D,"
         f" {total:,} iterations in all")
     if len(reader.images) < 1000 and not state.settings["augment"]:
-        say(f"{len(reader.images)} images are few: D will learn them by heart, unless you pass"
-            " --augment")
+        say(f"{len(reader.images)} images are few: D will learn them by heart, and --augment may"
+            " help")
     if state.step:
         say(f"{folder}: going on after iteration {state.step} of {total}")
 
