@@ -287,7 +287,7 @@ def measure_row(folder, row, training, seed, count, reference):
     path = folder / "measures.json"
     kept = read_json(path)
     key = f"{row.name}, seed {seed}, {count} iterations"
-    if "contrast" not in kept.get(key, {}):  # an earlier version did not measure it
+    if key not in kept:
         faces = training.faces(seed, count, row.which)
         picture = folder / "pictures" / f"quality_{row.name}_{count}_{seed}.png"
         picture.parent.mkdir(exist_ok=True)
