@@ -236,8 +236,8 @@ def test_the_trained_generator_is_as_described():
     assert f"{info['step']:,} iterations of `train.py`" in " ".join(read(README).split())
     assert f"训练 {info['step']:,} 次迭代得到" in read(CHINESE)
     for page in README, CHINESE:
-        assert f"`--width {info['width']} --batch_size 32 --learning_rate 0.0005`" in " ".join(
-            read(page).split())
+        assert (f"`--width {info['width']} --batch_size 32 --learning_rate 0.0005 --flip`"
+                in " ".join(read(page).split()))
 
 
 def test_both_readmes_have_the_same_commands_and_tables():
