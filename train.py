@@ -53,7 +53,7 @@ data_path = "imgs"       # folder of training images, searched recursively
 image_size = 64          # height and width of an image: 32, 64 or 128 (run pretreat.py with it too)
 # networks
 z_dim = 100              # length of a latent vector
-width = 64               # channels next to the image; on a CPU take 16 or 32
+width = 64               # channels next to the image; on a CPU take 16 to 48
 noise = "normal"         # latent vectors: "normal" N(0, 1), or "uniform" U[0, 1)
 # optimization
 epochs = 8               # passes over the images
