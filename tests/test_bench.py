@@ -127,7 +127,8 @@ def test_every_image_is_seen_once_an_epoch():
     assert list(recipe.images_of(images, 0, 5, 3)) != list(recipe.images_of(images, 2, 5, 3))
 
 
-def test_last_fifth_by_name_is_held_out(tmp_path):
+def link_330(tmp_path):
+    """Link 330 files, 000.png to 329.png, with their numbers as text; return the folder."""
     data = tmp_path / "imgs"
     data.mkdir()
     for number in range(330):
@@ -135,12 +136,27 @@ def test_last_fifth_by_name_is_held_out(tmp_path):
     folder = tmp_path / "quality"
     folder.mkdir()
     quality.link_crops(folder, data)
-    held_out = sorted((folder / "held_out").iterdir())
-    assert [path.name for path in held_out] == [f"{number:03d}.png" for number in range(264, 330)]
-    assert held_out[0].read_text() == "264"
-    assert len(list((folder / "train").iterdir())) == 264
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_last_fifth_by_name_is_held_out(tmp_path):
+    folder = link_330(tmp_path)
+    assert names(folder / "train") == [f"{number:03d}.png" for number in range(264)]
+    assert names(folder / "held_out") == [f"{number:03d}.png" for number in range(264, 330)]
+    assert (folder / "held_out" / "264.png").read_text() == "264"
     with pytest.raises(Problem, match="too few"):
         measures.held_out_count(324)
+
+
+def test_of_a_large_folder_only_the_first_crops_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "TRAINED_ON_AT_MOST", 100)
+    folder = link_330(tmp_path)
+    assert names(folder / "train") == [f"{number:03d}.png" for number in range(100)]
+    assert names(folder / "held_out") == [f"{number:03d}.png" for number in range(264, 330)]
 
 
 def test_equal_seconds_and_equal_iterations():
