@@ -12,6 +12,7 @@ import ast
 import importlib
 import re
 import shlex
+import shutil
 import sys
 from collections import Counter
 
@@ -48,8 +49,8 @@ def without_chinese_only(text):
 
 
 def code(text):
-    """All code of a page, in order: lines of its blocks without comments, and what is in `…`."""
-    for block, inline in re.findall(r"(?s)```bash\n(.*?)```|`([^`]+)`", text):
+    """A page's commands and what is in `…`, in order; lines of a block without their comments."""
+    for block, inline in re.findall(r"(?s)```bash\n(.*?)```|```python.*?```|`([^`]+)`", text):
         for line in block.splitlines():
             line = re.sub(r"(^|\s+)#.*", "", line)
             if line:
@@ -240,6 +241,16 @@ def test_the_trained_generator_is_as_described():
                 in " ".join(read(page).split()))
 
 
+def test_a_generator_is_given_away_as_the_handbook_says(tmp_path, monkeypatch):
+    given = ROOT / ".github/celeba.safetensors"
+    (tmp_path / "Output").mkdir()
+    shutil.copy(given, tmp_path / "Output/generator.safetensors")
+    monkeypatch.chdir(tmp_path)
+    script, = re.findall(r"(?s)```python\n(.*?)```", read(HANDBOOK))
+    exec(compile(script, HANDBOOK, "exec"), {})
+    assert (tmp_path / "given.safetensors").read_bytes() == given.read_bytes()
+
+
 def test_both_readmes_have_the_same_commands_and_tables():
     english, chinese = read(README), without_chinese_only(read(CHINESE))
     assert list(commands(english)) == list(commands(chinese))
@@ -288,7 +299,8 @@ def test_every_picture_is_shown_and_small():
         assert path.stat().st_size <= 500_000, path.name
 
 
-WRITTEN = r"\d{4}_\d{4}\.(png|safetensors)|\d{6}\.png|party-face\d\.png"  # names that are made
+# names of what is written, or made by hand
+WRITTEN = r"\d{4}_\d{4}\.(png|safetensors)|\d{6}\.png|party-face\d\.png|given\.safetensors"
 
 
 @pytest.mark.parametrize("page", PAGES)
