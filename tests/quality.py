@@ -36,7 +36,6 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-TRAINED_ON_AT_MOST = 8000
 SPEED_SECONDS = 4  # for which a recipe is tried, in each of its turns
 SPEED_TURNS = 3
 
@@ -57,7 +56,7 @@ ROWS = [
     Row("running", "ours, last iteration's weights and running statistics", "ours", "running"),
     Row("raw", "ours, `--raw`: statistics estimated", "ours", "raw"),
     Row("averaged", "ours, the average: the default", "ours"),
-    Row("g1", "the same with `--g_steps 1`, as PyTorch's example", "ours-g1"),
+    Row("g1", "the same with `--g_steps 1`, as in PyTorch's example", "ours-g1"),
     Row("uniform", "the same with `--noise uniform`", "ours-uniform"),
 ]
 PEERS = ("page", "pytorch")
@@ -231,9 +230,8 @@ def link_crops(folder, data):
     names = dataReader.list_files(data)
     if not names:
         raise Problem(f"there are no crops in {data}: pass --data")
-    first_held_out = len(names) - measures.held_out_count(len(names))
-    first = names[:min(first_held_out, TRAINED_ON_AT_MOST)]
-    for part, some in ("held_out", names[first_held_out:]), ("train", first):
+    train, held_out = measures.split(names)
+    for part, some in ("held_out", held_out), ("train", train):
         new = folder / f"{part}.new"
         shutil.rmtree(new, ignore_errors=True)
         for name in some:

@@ -153,7 +153,7 @@ def test_last_fifth_by_name_is_held_out(tmp_path):
 
 
 def test_of_a_large_folder_only_the_first_crops_are_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "TRAINED_ON_AT_MOST", 100)
+    monkeypatch.setattr(measures, "TRAINED_ON_AT_MOST", 100)
     folder = link_330(tmp_path)
     assert names(folder / "train") == [f"{number:03d}.png" for number in range(100)]
     assert names(folder / "held_out") == [f"{number:03d}.png" for number in range(264, 330)]
