@@ -724,8 +724,8 @@ def announce(folder, state, reader, total):
         f" {state.generator.vector.size:,} weights in G, {state.discriminator.vector.size:,} in D,"
         f" {total:,} iterations in all")
     if len(reader.images) < 1000 and not state.settings["augment"]:
-        say(f"{len(reader.images)} images are few: D will learn them by heart, and --augment may"
-            " help")
+        say(f"{len(reader.images)} images are few: D will learn them by heart. When faces get"
+            " worse, draw with the generator of an earlier grid")
     if state.step:
         say(f"{folder}: going on after iteration {state.step} of {total}")
 
