@@ -3,8 +3,8 @@
 `bench.py --quality` and `bench.py --measure` print these measures. They are for comparisons on one
 set of crops: none is FID, and none can be compared with a number from elsewhere.
 
-Of a folder's crops, sorted by name, the last fifth (at most 2,000) is held out: the reference. Of
-the others, the first 8,000 are trained on.
+Of a folder's crops, sorted by name, the last fifth (at most 2,000) is held out: the reference. The
+first of the others, at most 8,000, are taken to be those trained on.
 
     distance   Fréchet distance to the held-out crops, on their first 64 principal components
     spread     how much the faces differ from each other, over how much the held-out crops do
@@ -14,8 +14,8 @@ the others, the first 8,000 are trained on.
     found      in how many a detector finds a face, over how many of the held-out crops; three of
                them: OpenCV's two frontal Haar cascades and scikit-image's LBP cascade
     memory     median distance to the nearest of as many training crops as are held out, chosen at
-               random, over that to the nearest held-out one: 1 is good; copies of crops trained on
-               have nearly 0 if no others were trained on, and 0.92 with 2,000 of CelebA's 8,000
+               random, over that to the nearest held-out one: 1 is good; copies of training crops
+               would have nearly 0 if all of these were looked at, and 0.92 with 2,000 of 8,000
 
 Other training crops, measured as if they had been drawn, show what the best there is looks like.
 """
