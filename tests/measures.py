@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 HELD_OUT_AT_MOST = 2000
-TRAINED_ON_AT_MOST = 8000
+TRAINED_ON_AT_MOST = 8000  # ours trains for whole passes over them: over more, for too long
 COMPONENTS = 64         # on which the Fréchet distance is measured
 SEARCHED_AT_MOST = 1000  # faces that the detectors are shown, 20 ms each
 ENLARGED = 3            # times, before the detectors see them: they look for faces of 20 pixels up
